@@ -1,0 +1,220 @@
+"""MkDocs hooks: what the pages say about the code is generated from the code.
+
+A line ``<!-- generate: NAME ARGUMENT … -->`` in a page is replaced by the Markdown that the
+function of this name in `GENERATORS` returns, so that no table differs from what the package does.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_MARK = re.compile(r"^<!-- generate: (.+?) -->$", re.MULTILINE)
+
+# Of the Gaussian weights in the encodings' table: the largest of a few thousand weights lies near
+# four standard deviations, and a scale without clipping brings it to 127.
+SIGMA = 127 / 4
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+# --- Encodings ------------------------------------------------------------------------------------
+
+
+def gaussian_weights(sigma: float = SIGMA) -> np.ndarray:
+    """Probabilities of the integers -127 … 127 for a rounded and clipped normal variable."""
+    edges = np.arange(-127, 127) + 0.5
+    below = np.array([0.0, *(0.5 + 0.5 * math.erf(e / sigma / math.sqrt(2)) for e in edges), 1.0])
+    return np.diff(below)
+
+
+def encoding_costs() -> dict[str, dict[str, float]]:
+    """Terms and encoder area (µm², 45 nm) of each encoding at 8 bits."""
+    from stp_jax import hwmodel, terms
+
+    area = hwmodel.HOROWITZ_45NM.area_um2
+    costs = {}
+    for encoding in terms.ENCODINGS:
+        unsigned = np.asarray(terms.count(np.arange(256), encoding))
+        signed = np.asarray(terms.count(np.arange(-127, 128), encoding))
+        costs[encoding] = {
+            "uint8": unsigned.mean(),
+            "int8": signed.mean(),
+            "gaussian": float(signed @ gaussian_weights()),
+            "most": terms.max_terms(encoding, 8),
+            "area": area.get(f"encode_{encoding}", 0.0),
+        }
+    return costs
+
+
+def encodings() -> str:
+    """What each encoding costs."""
+    header = ("encoding", "0 … 255", "−127 … 127", "Gaussian int8", "most", "encoder, µm²")
+    rows = (
+        (
+            f"`{name}`",
+            *(f"{c[k]:.3f}" for k in ("uint8", "int8", "gaussian")),
+            c["most"],
+            c["area"] or "none needed",
+        )
+        for name, c in encoding_costs().items()
+    )
+    return table(header, rows)
+
+
+# --- Technology -----------------------------------------------------------------------------------
+
+
+def technology(kind: str) -> str:
+    """The default table of ``energy_pj`` or ``area_um2`` with its sources."""
+    from stp_jax import hwmodel
+
+    entries = getattr(hwmodel.HOROWITZ_45NM, kind)
+    sources = dict(hwmodel.HOROWITZ_45NM.sources)
+    unit = {"energy_pj": "pJ", "area_um2": "µm²"}[kind]
+    rows = (
+        (f"`{name}`", f"{value:.4g}", sources[f"{kind}.{name}"]) for name, value in entries.items()
+    )
+    return table(("entry", unit, "source"), rows)
+
+
+# --- Experiments ----------------------------------------------------------------------------------
+
+
+class Key(NamedTuple):
+    """A key of the configuration."""
+
+    name: str
+    type: str
+    default: str
+    remark: str
+
+
+def config_sections(config: type) -> dict[str, list[Key]]:
+    """A configuration's keys under the headings, and with the remarks, of its source.
+
+    A comment that opens a paragraph of fields is a heading; one behind a field, or in lines of its
+    own above it, is a remark.
+    """
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    sections: dict[str, list[Key]] = {}
+    heading, above, opens = "", [], False
+    for line in inspect.getsource(config).splitlines():
+        text = line.strip()
+        name = text.partition(":")[0]
+        if text.startswith("#"):
+            if opens:
+                heading = text.lstrip("# ")
+            else:
+                above.append(text.lstrip("# "))
+        elif name in fields:
+            field = fields[name]
+            default = field.default
+            if default is dataclasses.MISSING and callable(field.default_factory):
+                default = field.default_factory()
+            remark = text.partition("  # ")[2] or " ".join(above)
+            key = Key(name, str(field.type), repr(default), remark)
+            sections.setdefault(heading, []).append(key)
+            above = []
+        elif text.startswith("def "):
+            break
+        opens = not text
+    return sections
+
+
+def config(module: str, name: str) -> str:
+    """Every key of ``--set key=value`` that a configuration class has."""
+    described = getattr(importlib.import_module(module), name)
+
+    def code(text: str) -> str:
+        return f"`{text}`".replace("|", "\\|")
+
+    def rows(keys: list[Key]) -> Iterable[tuple[str, ...]]:
+        return ((code(k.name), code(k.type), code(k.default), k.remark) for k in keys)
+
+    header = ("key", "type", "default", "what it is")
+    return "\n\n".join(
+        f"{heading and f'**{heading}**'}\n\n{table(header, rows(keys))}"
+        for heading, keys in config_sections(described).items()
+    )
+
+
+def experiments() -> str:
+    """The experiments that exist."""
+    from experiments import configs
+
+    return table(("experiment", "what"), ((f"`{n}`", configs.summary(n)) for n in configs.names()))
+
+
+def models() -> str:
+    """The models by name."""
+    from stp_jax.models import MODELS
+
+    def first_line(factory: Callable) -> str:
+        return (inspect.getdoc(factory) or "").splitlines()[0].partition(";")[0].rstrip(".")
+
+    return table(("`model=`", "what"), ((f"`{n}`", first_line(f)) for n, f in MODELS.items()))
+
+
+# --- API ------------------------------------------------------------------------------------------
+
+
+def public_names(package: str) -> dict[str, str]:
+    """Name → where it is defined, for everything that a package's ``__init__`` offers."""
+    source = Path(inspect.getfile(importlib.import_module(package))).read_text()
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                found[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    return found
+
+
+def api(package: str) -> str:
+    """An entry for every public name of a package."""
+    return "\n\n".join(
+        f"::: {path}\n    options:\n      heading: {package}.{name}\n      toc_label: {name}"
+        for name, path in public_names(package).items()
+    )
+
+
+GENERATORS: dict[str, Callable[..., str]] = {
+    "encodings": encodings,
+    "technology": technology,
+    "config": config,
+    "experiments": experiments,
+    "models": models,
+    "api": api,
+}
+
+
+def generate(markdown: str) -> str:
+    """The page with every mark replaced.
+
+    Raises:
+      KeyError: a mark names no generator.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        name, *arguments = match[1].split()
+        return GENERATORS[name](*arguments)
+
+    return _MARK.sub(replace, markdown)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Called by MkDocs with each page's source."""
+    return generate(markdown)

@@ -1,0 +1,290 @@
+"""The configuration of a run: one flat, typed, frozen record, checked before any work starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+from stp_jax.data import AUGMENTATIONS
+from stp_jax.models import MODELS, model_options
+from stp_jax.terms import Encoding, Method, max_budget
+
+
+class ConfigError(ValueError):
+    """A key or a value of the configuration is wrong; the message names it and what is right."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that determines a run's result."""
+
+    # Data.
+    data: str = "digits"  # "digits", "python_docs" (text), "folder", or a TFDS image data set
+    data_dir: str | None = None  # where the folder or TFDS's prepared data lie
+    on_corrupt: Literal["error", "skip"] = "error"  # unreadable images in a folder
+    augment: str = "none"  # of training images
+    image_size: int | None = None  # side in pixels; None keeps the data set's
+    window: int = 64  # characters that a language model reads at once
+
+    # Model.
+    model: str = "resnet18"
+    stem: Literal["imagenet", "small"] | None = None  # of networks that have one
+    width: int | None = None  # channels of the first stage; None is the published width
+    # What else the model is built with, as --set model_options.depth=4; none of them by default.
+    model_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    dtype: Literal["float32", "bfloat16"] = "float32"  # to compute in; parameters stay float32
+    init_from: str | None = None  # PyTorch weights, or another run's float.safetensors
+
+    # Training. Epochs may be fractions; 0 leaves a stage out.
+    seed: int = 0
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    batch_size: int = 128
+    eval_batch_size: int = 256
+    float_epochs: float = 10.0
+    guided_epochs: float = 2.0
+    retrain_epochs: float = 6.0
+    float_lr: float = 0.1  # peak; each stage warms up linearly and falls as a cosine
+    guided_lr: float = 0.01
+    retrain_lr: float = 0.02
+    warmup: float = 0.1  # fraction of a stage
+    momentum: float = 0.9  # Nesterov; of sgd only
+    weight_decay: float = 5e-4  # on kernels only
+    label_smoothing: float = 0.0
+    distill: float = 0.5  # weight of the float model's soft labels in the retraining loss
+    temperature: float = 4.0  # of the soft labels
+
+    # Terms.
+    group_size: int = 8
+    encoding: Encoding = "naf"
+    method: Method = "optimal"
+    terms_per_weight: float = 0.75  # mean over the layers with budgets, when they are allocated
+    allocate_for: Literal["terms", "energy", "balanced"] = "balanced"  # what the mean is of
+    error_weighting: Literal["gradients", "none"] = "gradients"  # of the errors it weighs up
+    budget: int | None = None  # terms per group, the same in every layer; None allocates
+    budgets: str | None = None  # JSON file {layer: terms per group}, by hand
+    int8_layers: str | None = None  # paths that keep all terms; None is the model's own choice
+    activation_bits: int = 8
+    guidance: float = 0.05  # fraction of the way to few-term values per step, at its peak
+    compensate: bool = False  # let weights make up for each other's errors in the projection
+    bn_batches: int = 30  # to re-estimate BatchNorm statistics after each stage
+    calibration_batches: int = 4
+
+    # Whether the retrained model is evaluated in integers as well.
+    check_integers: bool = True
+
+    # Accelerator.
+    rows: int = 32
+    cols: int = 32
+
+    # Devices: a batch is split over all of them.
+    sharding: Literal["data", "fsdp"] = "data"  # fsdp splits parameters and optimizer as well
+
+    # Bookkeeping; without influence on the result.
+    checkpoint_every: int = 50  # steps
+    log_every: int = 5  # steps
+
+    # Keys that a resumed run may change: they do not touch its result, but for rounding.
+    BOOKKEEPING: ClassVar = (
+        "checkpoint_every",
+        "log_every",
+        "eval_batch_size",
+        "data_dir",
+        "sharding",
+    )
+
+    def __post_init__(self) -> None:  # noqa: D105
+        _check(self)
+
+    @property
+    def max_budget(self) -> int:
+        """Terms at which a group loses nothing."""
+        return max_budget(self.group_size, self.encoding, 8)
+
+
+def _check(c: Config) -> None:
+    def need(ok: bool, key: str, what: str) -> None:
+        if not ok:
+            raise ConfigError(f"{key} must be {what}, got {getattr(c, key)!r}")
+
+    check_choices(c)
+    need(c.model in MODELS, "model", f"one of {', '.join(MODELS)}")
+    need(c.augment in AUGMENTATIONS, "augment", f"one of {', '.join(AUGMENTATIONS)}")
+    need(c.image_size is None or c.image_size >= 1, "image_size", "1 or more")
+    need(c.width is None or c.width >= 1, "width", "1 or more")
+    need(c.window >= 1, "window", "1 or more")
+    _check_model_options(c)
+    need(0 <= c.seed < 2**32, "seed", "in [0, 2**32)")
+    for key in ("batch_size", "eval_batch_size", "group_size", "rows", "cols"):
+        need(getattr(c, key) >= 1, key, "1 or more")
+    for key in ("checkpoint_every", "log_every", "calibration_batches"):
+        need(getattr(c, key) >= 1, key, "1 or more")
+    for key in ("float_epochs", "guided_epochs", "retrain_epochs", "weight_decay", "bn_batches"):
+        need(getattr(c, key) >= 0, key, "0 or more")
+    for key in ("float_lr", "guided_lr", "retrain_lr", "temperature"):
+        need(getattr(c, key) > 0, key, "positive")
+    for key in ("warmup", "distill", "guidance"):
+        need(0 <= getattr(c, key) <= 1, key, "in [0, 1]")
+    for key in ("momentum", "label_smoothing"):
+        need(0 <= getattr(c, key) < 1, key, "in [0, 1)")
+    for key, value in vars(c).items():
+        need(not isinstance(value, float) or math.isfinite(value), key, "a finite number")
+    need(2 <= c.activation_bits <= 8, "activation_bits", "from 2 to 8")
+    most = c.max_budget
+    need(
+        c.budget is None or 0 <= c.budget <= most,
+        "budget",
+        f"from 0 to {most} (groups of {c.group_size} {c.encoding} values of 8 bits)",
+    )
+    need(
+        1 / c.group_size <= c.terms_per_weight <= most / c.group_size,
+        "terms_per_weight",
+        f"from {1 / c.group_size:g} (one term per group) to {most / c.group_size:g}",
+    )
+    if c.budget is None and c.budgets is None and (c.encoding != "naf" or c.method != "optimal"):
+        raise ConfigError(
+            "budgets are allocated for encoding=naf and method=optimal only; set budget or budgets"
+        )
+    if c.budget is not None and c.budgets is not None:
+        raise ConfigError("budget and budgets exclude each other; set one of them")
+    try:
+        re.compile(c.int8_layers or "")
+    except re.error as error:
+        raise ConfigError(f"int8_layers is no regular expression: {error}") from None
+    for key in ("init_from", "budgets"):
+        path = getattr(c, key)
+        need(path is None or Path(path).expanduser().is_file(), key, "an existing file")
+    if c.data == "folder" and c.data_dir is None:
+        raise ConfigError("data=folder needs data_dir, the folder with train/CLASS/* and test/")
+
+
+# Options of models that follow from the data or have a key of their own.
+_OTHER_KEYS = {
+    "in_channels": "it follows from the data",
+    "in_features": "it follows from the data",
+    "image_size": "set the key image_size",
+    "stem": "set the key stem",
+    "width": "set the key width",
+    "dtype": "set the key dtype",
+}
+
+
+def _check_model_options(c: Config) -> None:
+    """Raises ConfigError for an option that the model does not have."""
+    known = model_options(c.model)
+    for key in c.model_options:
+        if key in _OTHER_KEYS:
+            raise ConfigError(f"model_options.{key} cannot be set: {_OTHER_KEYS[key]}")
+    chosen = [*c.model_options, *(key for key in ("stem", "width") if getattr(c, key) is not None)]
+    for key in chosen:
+        if key not in known:
+            free = [option for option in known if option not in _OTHER_KEYS]
+            also = [option for option in ("stem", "width") if option in known]
+            unset = f" (unset it: {key}=none)" if key in _OTHER_KEYS else ""
+            raise ConfigError(
+                f"model {c.model} has no {key}{unset}; it has "
+                + (", ".join([*also, *(f"model_options.{option}" for option in free)]) or "none")
+            )
+
+
+def check_choices(config: Any) -> None:
+    """Raises ConfigError if a field whose type names its values holds another one."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        choices, value = _choices(hints[field.name]), getattr(config, field.name)
+        if choices and value not in choices:
+            named = ", ".join(map(str, choices))
+            raise ConfigError(f"{field.name} must be one of {named}, got {value!r}")
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """The values that a Literal type, or an optional one, admits; () for other types."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        named = tuple(choice for part in typing.get_args(hint) for choice in _choices(part))
+        return (*named, None) if named else ()
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+
+
+def _parse(key: str, text: str, hint: Any) -> Any:
+    """The value that the text of ``--set key=text`` stands for."""
+    parts = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
+    if type(None) in parts and text.lower() in ("none", ""):
+        return None
+    for kind in parts:
+        if kind is bool:
+            if text.lower() not in ("true", "false"):
+                raise ConfigError(f"{key} must be true or false, got {text!r}")
+            return text.lower() == "true"
+        if kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                what = "a whole number" if kind is int else "a number"
+                raise ConfigError(f"{key} must be {what}, got {text!r}") from None
+    return text
+
+
+def _parse_option(model: str, key: str, text: str) -> Any:
+    """The value that the text of ``--set model_options.key=text`` stands for."""
+    hint = model_options(model).get(key, str)  # an unknown key is refused with the others
+    name = f"model_options.{key}"
+    if typing.get_origin(hint) is None:
+        return _parse(name, text, hint)
+    parts = [part for part in text.strip("()").split(",") if part.strip()]
+    return [_parse(name, part, typing.get_args(hint)[0]) for part in parts]
+
+
+AnyConfig = TypeVar("AnyConfig")
+
+
+def override(config: AnyConfig, settings: Sequence[str]) -> AnyConfig:
+    """The configuration, of any experiment, with ``key=value`` settings applied.
+
+    Raises:
+      ConfigError: a setting is not of that form, its key does not exist (near misses are named)
+        or its value is wrong.
+    """
+    hints = typing.get_type_hints(type(config))
+    changes: dict[str, Any] = {}
+    options: dict[str, str] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set takes key=value, got {setting!r}")
+        group, _, option = key.partition(".")
+        if group == "model_options" and isinstance(config, Config):
+            if not option:
+                raise ConfigError("model_options are set one by one, as model_options.depth=4")
+            options[option] = text
+            continue
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=3) or sorted(hints)
+            raise ConfigError(f"unknown key {key!r}; did you mean {', '.join(near)}?")
+        changes[key] = _parse(key, text, hints[key])
+    if not isinstance(config, Config):
+        return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+    model = changes.get("model", config.model)
+    # Another model's options are not this one's.
+    kept = config.model_options if model == config.model else {}
+    if options and model in MODELS:
+        kept = {**kept, **{key: _parse_option(model, key, text) for key, text in options.items()}}
+    changes["model_options"] = dict(kept)
+    return dataclasses.replace(config, **changes)
+
+
+def differences(ours: Any, theirs: Mapping[str, Any]) -> list[str]:
+    """What differs in effect from a stored configuration, as ``key: theirs → ours``."""
+    mine = json.loads(json.dumps(dataclasses.asdict(ours)))
+    keys = [key for key in mine if key not in getattr(ours, "BOOKKEEPING", ())]
+    return [
+        f"{key}: {theirs.get(key)!r} → {mine[key]!r}"
+        for key in keys
+        if theirs.get(key) != mine[key]
+    ]

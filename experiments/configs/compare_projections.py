@@ -1,0 +1,155 @@
+"""What each way to project costs in accuracy before any retraining, from one float model.
+
+Greedy is term revealing (Kung et al., SC20). The exact projection has the smaller error in the
+weights, which is not yet the smaller error in the network: scales searched at the budget, errors
+weighted by squared gradients, bias correction, BatchNorm statistics and compensation each add to
+it. The float model is what ``init_from`` holds, or trained for ``float_epochs`` first:
+
+    python -m experiments.run --exp=compare_projections \\
+        --set "settings=data=folder data_dir=cifar10 init_from=float.safetensors float_epochs=0"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pandas as pd
+from flax import nnx
+from rich.console import Console
+
+import stp_jax
+from experiments.comparison import numbers, parse_base
+from experiments.config import ConfigError
+from experiments.log import write_json
+from stp_jax.terms import project
+from stp_jax.terms.quantizers import merge_axes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProjectionConfig:
+    """What is compared, and on what."""
+
+    base: str = "stp_resnet20_cifar10"  # the experiment whose model and data are used
+    settings: str = ""  # changes of the base's configuration, as "data=folder data_dir=…"
+    points: str = "2.0,1.0,0.75,0.5"  # terms per weight, the same in every layer
+
+    def __post_init__(self) -> None:  # noqa: D105
+        numbers("points", self.points)
+
+
+CONFIG = ProjectionConfig()
+
+
+def _quantized(context: Any, model: nnx.Module, **changes: Any) -> nnx.Module:
+    """The float model with calibrated inputs and all its terms."""
+    from experiments import train
+
+    config = dataclasses.replace(context.config, **changes)
+    stp = stp_jax.quantize(model, train.make_policy(config, model))
+    stp_jax.calibrate(stp, [batch["image"] for batch in context.calibration_batches()])
+    return stp
+
+
+def _weigh(model: nnx.Module, importance: Mapping[str, Any]) -> None:
+    """Puts the kernels on the few-term values of least weighted error, scales included."""
+    for path, (layer, quantizer) in stp_jax.quantized_layers(model).items():
+        rule, axes = quantizer.rule, quantizer.axes.groups
+        if rule.budget is None:
+            continue
+        kernel, weights = layer.kernel[...], importance[path] + jnp.float32(1e-12)
+        quantizer.search(kernel, weights)
+        scale = quantizer.kernel_scale(kernel)
+        shape, axis = merge_axes(kernel.shape, axes)
+        integers = project(
+            (kernel / scale).reshape(shape),
+            group_size=rule.group_size,
+            budget=quantizer.budget[...],
+            axis=axis,
+            limit=rule.format.largest,
+            importance=weights.reshape(shape),
+        )
+        layer.kernel[...] = scale * integers.reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _ways(context: Any, model: nnx.Module, budget: int) -> dict[str, nnx.Module]:
+    """Name → the float model projected in that way."""
+    from experiments import train
+
+    inputs = [batch["image"] for batch in context.calibration_batches()]
+    exact = _quantized(context, model)
+    budgets = dict.fromkeys(stp_jax.budgets(exact), budget)
+
+    def at_budget(source: nnx.Module, *, search: bool = True) -> nnx.Module:
+        result = nnx.clone(source)
+        stp_jax.set_budgets(result, budgets)
+        if search:
+            stp_jax.search_weight_scales(result)
+        return result
+
+    greedy = _quantized(context, model, method="greedy", encoding="hese", budget=1)
+    ways = {
+        "greedy": at_budget(greedy, search=False),
+        "exact": at_budget(exact, search=False),
+        "greedy, scales searched": at_budget(greedy),
+        "exact, scales searched": at_budget(exact),
+    }
+    weighted = at_budget(exact)
+    _weigh(weighted, train.squared_gradients(context, exact))
+    ways["exact, scales searched, errors weighted"] = weighted
+    for name in ("greedy, scales searched", "exact, scales searched"):
+        corrected = nnx.clone(ways[name])
+        stp_jax.correct_bias(corrected, inputs)
+        ways[f"{name}, bias corrected"] = corrected
+        normed = nnx.clone(ways[name])
+        train.reestimate_batch_norm(context, normed)
+        ways[f"{name}, BatchNorm re-estimated"] = normed
+    compensated = nnx.clone(exact)
+    stp_jax.compensate(compensated, inputs, budgets)
+    ways["exact, compensated"] = nnx.clone(compensated)
+    train.reestimate_batch_norm(context, compensated)
+    ways["exact, compensated, BatchNorm re-estimated"] = compensated
+    return ways
+
+
+def run(config: ProjectionConfig, workdir: Path, console: Console) -> None:
+    """Prints top-1 of every way at every budget and writes them to `results.json`."""
+    from experiments import train
+
+    base = parse_base(config)
+    context = train.make_context(base, workdir, console)
+    train.check_model(context)
+    model = train.make_model(context)
+    if base.float_epochs:
+        model = train.train_stage(
+            context, model, train.Stage("float", 0, base.float_epochs, base.float_lr)
+        )
+    elif base.init_from is None:
+        raise ConfigError("float_epochs=0 needs init_from, the weights to project")
+    model.eval()
+    top1: dict[str, dict[str, float]] = {}
+    reference = {
+        "float": train.evaluate(context, model),
+        "int8": train.evaluate(context, _quantized(context, model)),
+    }
+    console.print(", ".join(f"{name} {value:.2f} %" for name, value in reference.items()))
+    for terms in numbers("points", config.points):
+        budget = round(terms * base.group_size)
+        ways = _ways(context, model, budget)
+        for name, projected in ways.items():
+            top1.setdefault(name, {})[f"{terms:g}"] = value = train.evaluate(context, projected)
+            console.print(f"{terms:g} terms per weight, {name}: {value:.2f} %", highlight=False)
+    results = {
+        "experiment": "compare_projections",
+        "dataset": context.dataset.description,
+        "model": base.model,
+        "config": dataclasses.asdict(base),
+        "comparison": dataclasses.asdict(config),
+        "reference": reference,
+        "top1": top1,
+    }
+    write_json(workdir / "results.json", results)
+    print(pd.DataFrame(top1).T.round(2).to_string())

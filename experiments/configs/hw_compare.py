@@ -1,0 +1,144 @@
+"""All processing elements on ResNet-18 at 224×224, beside the claims of their papers.
+
+One input-stationary 32×32 array, one memory system and one 45 nm table; only the PE differs. The
+group PE and term revealing's tMAC run weights projected onto the budget (first and last layer keep
+every term), every other PE runs them as they are:
+
+    python -m experiments.run --exp=hw_compare --set by=area
+
+Weights are He-initialised or come from a PyTorch checkpoint (``--set init_from=resnet18.pth``);
+activations are what the network computes for one image of noise. The output says which.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import pandas as pd
+from flax import nnx
+from rich.console import Console
+
+import stp_jax
+from experiments.config import ConfigError, check_choices
+from experiments.log import write_json
+from stp_jax import hwmodel, models
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HardwareConfig:
+    """What is compared."""
+
+    by: Literal["area", "throughput"] | None = None  # what arrays are matched in; None: PE count
+    budget: int = 8  # terms in a group of 8 weights
+    image_size: int = 224
+    init_from: str | None = None  # PyTorch weights of torchvision's ResNet-18
+    seed: int = 0
+
+    def __post_init__(self) -> None:  # noqa: D105
+        check_choices(self)
+        if not 1 <= self.budget <= 32:
+            raise ConfigError(f"budget must be from 1 to 32, got {self.budget}")
+        if self.image_size < 32:
+            raise ConfigError(f"image_size must be 32 or more, got {self.image_size}")
+        if self.init_from is not None and not Path(self.init_from).expanduser().is_file():
+            raise ConfigError(f"init_from must be an existing file, got {self.init_from!r}")
+
+
+CONFIG = HardwareConfig()
+
+# Headlines of the papers' abstracts; none was found for Stripes and Laconic.
+CLAIMS = {
+    "BitPragmatic": "2.6× DaDianNao's speed, 28 % more efficient (Albericio et al., MICRO 2017)",
+    "Bitlet": "up to 15× speed, 8× efficiency of fixed-point accelerators (Lu et al., MICRO 2021)",
+    "BitWave": "up to 13.25× speed, 7.71× efficiency of sparse designs (Shi et al., HPCA 2024)",
+    "BitVert": "up to 3.03× speed, 2.44× less energy (Chen et al., MICRO 2024)",
+    "TermMac": "3 to 10× fewer term operations than quantisation (Kung et al., SC20)",
+    "GroupPE": "2.35× less computational energy, ResNet-18 (Huang et al., IEEE TCAD 42(1), 2023)",
+}
+
+WHY_CLAIMS_DIFFER = (
+    "The claims differ from these figures because the papers compare whole accelerators, with "
+    "their own array, buffers and synchronisation, at their own node (65 nm for Pragmatic, 28 nm "
+    "for Bitlet, 16 nm for BitWave), against baselines of 16 or 8 bits, on their own networks, "
+    "with synthesised energies. Here one array, memory and 45 nm table serve all."
+)
+
+
+def _operands(config: HardwareConfig) -> tuple[hwmodel.Network, Any, Any, Any]:
+    """The network with its int8 weights, the same projected, and its int8 activations."""
+    model: Any = models.create("resnet18", num_classes=1000, rngs=nnx.Rngs(config.seed))
+    if config.init_from is not None:
+        try:
+            models.load_torch(model, Path(config.init_from).expanduser())
+        except ValueError as error:
+            raise ConfigError(f"init_from={config.init_from}: {error}") from error
+    model.eval()
+    shape = (1, config.image_size, config.image_size, 3)
+    image = jax.random.normal(jax.random.key(config.seed), shape, jnp.float32)
+    rules = [
+        stp_jax.Rule(path="conv1|fc", weight_scale="max"),
+        stp_jax.Rule(path=".*", budget=32, weight_scale="max"),
+    ]
+    model = stp_jax.quantize(model, stp_jax.Policy(rules))
+    stp_jax.calibrate(model, [image])
+    network = hwmodel.trace(model, image, name="ResNet-18")
+    activations = hwmodel.record_activations(model, image)
+    weights = stp_jax.integer_weights(model)
+    stp_jax.set_budgets(model, dict.fromkeys(stp_jax.budgets(model), config.budget))
+    return network, weights, stp_jax.integer_weights(model), activations
+
+
+def _designs(config: HardwareConfig, network, weights, pruned, activations) -> dict[str, Any]:
+    def array(pe: Any) -> hwmodel.Array:
+        return hwmodel.Array(rows=32, cols=32, pe=pe)
+
+    designs = {"BitParallel": hwmodel.Design(array=array(hwmodel.BitParallel(bits=8)))}
+    for pe in (
+        hwmodel.Stripes(),
+        hwmodel.BitPragmatic(),
+        hwmodel.Laconic(),
+        hwmodel.Bitlet(),
+        hwmodel.BitWave(),
+        hwmodel.BitVert(),
+    ):
+        designs[type(pe).__name__] = hwmodel.Design(
+            array=array(pe), weights=weights, activations=activations
+        )
+    budgets = dict.fromkeys(network.names, config.budget) | {"conv1": None, "fc": None}
+    options: dict[str, Any] = {"group_size": 8, "grouping": "channels"}
+    term_pes = {
+        "TermMac": hwmodel.TermMac(**options),
+        "GroupPE": hwmodel.GroupPE(**options),
+        "GroupPE packed": hwmodel.GroupPE(packed=True, **options),
+    }
+    for name, term_pe in term_pes.items():
+        designs[name] = hwmodel.Design(array=array(term_pe), budgets=budgets, weights=pruned)
+    return designs
+
+
+def run(config: HardwareConfig, workdir: Path, console: Console) -> None:
+    """Prints the comparison and writes it to `results.json`."""
+    network, weights, pruned, activations = _operands(config)
+    source = config.init_from or "He-initialised, untrained"
+    designs = _designs(config, network, weights, pruned, activations)
+    frame = hwmodel.compare(network, designs, by=config.by).drop(columns="pe")
+    print(f"weights: {source}; activations: one image of noise; first and last layer int8")
+    with pd.option_context("display.width", 200, "display.max_columns", None):
+        print(frame.round(2).to_string())
+    print("\nclaims of the papers:")
+    for name, claim in CLAIMS.items():
+        print(f"  {name}: {claim}")
+    console.print(WHY_CLAIMS_DIFFER, highlight=False)
+    results = {
+        "experiment": "hw_compare",
+        "config": dataclasses.asdict(config),
+        "weights": source,
+        "activations": "one image of Gaussian noise",
+        "designs": frame.to_dict(orient="index"),
+        "claims": CLAIMS,
+    }
+    write_json(workdir / "results.json", results)

@@ -1,0 +1,21 @@
+"""A multi-layer perceptron of few power-of-two terms on handwritten digits.
+
+python -m experiments.run --exp=stp_mlp
+"""
+
+from experiments.config import Config
+
+CONFIG = Config(
+    data="digits",
+    augment="shift",
+    model="mlp",
+    model_options={"hidden": [256, 256]},
+    batch_size=64,
+    eval_batch_size=120,
+    float_epochs=20,
+    guided_epochs=4,
+    retrain_epochs=8,
+    float_lr=0.05,
+    guided_lr=0.01,
+    retrain_lr=0.01,
+)

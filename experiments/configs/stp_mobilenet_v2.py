@@ -1,0 +1,22 @@
+"""MobileNetV2 of few power-of-two terms on handwritten digits: depthwise layers keep all terms.
+
+python -m experiments.run --exp=stp_mobilenet_v2
+"""
+
+from experiments.config import Config
+
+CONFIG = Config(
+    data="digits",
+    image_size=16,
+    model="mobilenet_v2",
+    stem="small",
+    model_options={"width_multiplier": 0.35},
+    batch_size=64,
+    eval_batch_size=120,
+    float_epochs=5,
+    guided_epochs=1,
+    retrain_epochs=2,
+    float_lr=0.05,
+    guided_lr=0.01,
+    retrain_lr=0.01,
+)

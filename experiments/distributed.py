@@ -1,0 +1,81 @@
+"""Several processes of one run: starting them, and what only the first one does."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+# What says that a launcher has started several tasks of one step: Slurm's srun, Open MPI's mpirun.
+_TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+
+
+def start(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, *, detect: bool
+) -> None:
+    """Joins the processes of a run, before JAX touches any device; alone, it does nothing.
+
+    Args:
+      coordinator: HOST:PORT of the first process, for machines without a launcher.
+      num_processes: how many there are.
+      process_id: which of them this one is.
+      detect: let JAX find the other three (Slurm, Open MPI, Kubernetes, cloud TPUs). It does so by
+        itself where srun or mpirun started several tasks.
+
+    Raises:
+      ValueError: only some of the three are given, one is out of range, or none can be detected.
+    """
+    given = (coordinator, num_processes, process_id)
+    if any(value is not None for value in given):
+        if coordinator is None or num_processes is None or process_id is None:
+            raise ValueError("give --coordinator, --num-processes and --process-id together")
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdigit():
+            raise ValueError(f"--coordinator must be HOST:PORT, got {coordinator!r}")
+        if num_processes < 1 or not 0 <= process_id < num_processes:
+            raise ValueError(
+                f"--process-id must be from 0 to --num-processes less one, got {process_id} of "
+                f"{num_processes}"
+            )
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    elif detect or any(int(os.environ.get(name, "1")) > 1 for name in _TASK_COUNTS):
+        jax.distributed.initialize()
+
+
+def is_first() -> bool:
+    """Whether this process writes logs and results."""
+    return jax.process_index() == 0
+
+
+def from_first(find: Callable[[], Any], *, failure: type[Exception] = RuntimeError) -> Any:
+    """What ``find`` returns in the first process, in every process; it must fit JSON.
+
+    Every process must call this at the same point.
+
+    Raises:
+      Exception: what ``find`` raises in the first process; in the others, ``failure`` with its
+        message.
+    """
+    if jax.process_count() == 1:
+        return find()
+    error, answer = None, {}
+    if is_first():
+        try:
+            answer = {"value": find()}
+        except Exception as caught:
+            error, answer = caught, {"error": str(caught)}
+    text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    buffer = np.zeros(length, np.uint8)
+    buffer[: len(text) if is_first() else 0] = text if is_first() else 0
+    answer = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer))))
+    if error is not None:
+        raise error
+    if "error" in answer:
+        raise failure(answer["error"])
+    return answer["value"]

@@ -1,0 +1,169 @@
+"""The end of a run: the accelerator's figures, the packed model, plots, and `results.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib.figure
+import numpy as np
+from rich.console import Console
+
+import stp_jax
+from experiments.log import write_json
+from experiments.train import Context, Outcome
+from stp_jax import export, hwmodel
+
+_PACKAGES = ("stp-jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain")
+_STAGES = ("float", "int8", "projected", "retrained", "integer")
+
+
+def evaluate_hardware(context: Context, outcome: Outcome) -> tuple[hwmodel.Report, hwmodel.Report]:
+    """The network on the int8 bit-parallel array and, with its trained terms, on the GPE array.
+
+    Layer shapes are traced from the model on one image; terms are counted in its integer weights.
+    """
+    c = context.config
+    network = hwmodel.trace(outcome.model, context.example_input(), name=c.model)
+    baseline = hwmodel.evaluate(
+        network, hwmodel.Array(rows=c.rows, cols=c.cols, pe=hwmodel.BitParallel(bits=8))
+    )
+    # The trained groups follow the input channels of one window position.
+    pe = hwmodel.GroupPE(group_size=c.group_size, encoding=c.encoding, grouping="channels")
+    ours = hwmodel.evaluate(
+        network,
+        hwmodel.Array(rows=c.rows, cols=c.cols, pe=pe),
+        budgets=outcome.budgets,
+        weights=stp_jax.integer_weights(outcome.model),
+    )
+    return baseline, ours
+
+
+def _terms(outcome: Outcome, encoding: Any) -> dict[str, Any]:
+    """Terms per weight that the integer weights really hold, by layer and over those with k."""
+    weights = stp_jax.integer_weights(outcome.model)
+    counts = {path: np.asarray(stp_jax.terms.count(v, encoding)) for path, v in weights.items()}
+    budgeted = [path for path in weights if path in outcome.budgets]
+
+    def mean(paths: list[str]) -> float:
+        return float(sum(counts[p].sum() for p in paths) / sum(counts[p].size for p in paths))
+
+    return {
+        "budgeted_layers": mean(budgeted),
+        "all_layers": mean(list(weights)),
+        "by_layer": {path: float(counts[path].mean()) for path in weights},
+    }
+
+
+def _hardware_results(report: hwmodel.Report) -> dict[str, Any]:
+    return {
+        "cycles": int(report.total_cycles),
+        "cycles_by_layer": dict(
+            zip(report.network.names, map(int, np.asarray(report.cycles)), strict=True)
+        ),
+        "energy_uj": {k: float(np.sum(v)) * 1e-6 for k, v in report.energy_pj.items()},
+    }
+
+
+def write_results(context: Context, outcome: Outcome, name: str) -> dict[str, Any]:
+    """Writes `results.json`, `model.safetensors` and plots; returns what the first one holds."""
+    baseline, ours = evaluate_hardware(context, outcome)
+    saving = hwmodel.computational_saving(baseline, ours)
+    with_encoder = hwmodel.computational_saving(baseline, ours, encoder=True)
+    config = context.config
+    results = {
+        "experiment": name,
+        "dataset": context.dataset.description,
+        "model": config.model,
+        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        "machine": platform.platform(),
+        "seed": config.seed,
+        "top1_percent": outcome.top1,
+        "terms_per_weight": _terms(outcome, config.encoding),
+        "budgets": outcome.budgets,
+        "bytes": export.packed_sizes(outcome.model).total._asdict(),
+        "accelerator": {
+            "array": f"{config.rows}×{config.cols}, input-stationary",
+            "technology": f"{hwmodel.HOROWITZ_45NM.node_nm:g} nm",
+            "int8_bit_parallel": _hardware_results(baseline),
+            "group_pe": _hardware_results(ours),
+        },
+        "computational_energy_saving": float(saving),
+        "computational_energy_saving_with_encoder": float(with_encoder),
+        "config": dataclasses.asdict(config),
+        "versions": {p: importlib.metadata.version(p) for p in _PACKAGES}
+        | {"python": platform.python_version()},
+    }
+    export.save_packed(outcome.model, context.workdir / "model.safetensors")
+    write_json(context.workdir / "results.json", results)
+    _plot(context.workdir / "plots", results)
+    _print(context.console, results, ours)
+    return results
+
+
+def _print(console: Console, results: dict[str, Any], ours: hwmodel.Report) -> None:
+    top1, terms = results["top1_percent"], results["terms_per_weight"]
+    console.print(f"\n{results['dataset']}; {results['device']}", highlight=False)
+    console.print(ours.table(), highlight=False, soft_wrap=True)
+    console.print(
+        "\ntop-1 "
+        + ", ".join(f"{stage} {top1[stage]:.2f} %" for stage in _STAGES if stage in top1)
+        + f"\nterms per weight {terms['budgeted_layers']:.3f} over the layers with budgets, "
+        f"{terms['all_layers']:.3f} over all"
+        + "\nkB: "
+        + ", ".join(f"{form} {size / 1e3:.1f}" for form, size in results["bytes"].items())
+        + f"\ncomputational energy saving {results['computational_energy_saving']:.2f}× "
+        f"({results['computational_energy_saving_with_encoder']:.2f}× with the encoders) over "
+        f"the int8 bit-parallel array, {results['accelerator']['technology']}",
+        highlight=False,
+    )
+
+
+def _figure() -> tuple[matplotlib.figure.Figure, Any]:
+    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _plot(folder: Path, results: dict[str, Any]) -> None:
+    """Accuracy by stage, terms per layer, energy by component; one PNG each."""
+    folder.mkdir(exist_ok=True)
+
+    figure, axes = _figure()
+    stages = [stage for stage in _STAGES if stage in results["top1_percent"]]
+    values = [results["top1_percent"][stage] for stage in stages]
+    axes.bar_label(axes.bar(stages, values), fmt="%.2f")
+    axes.set(ylabel="top-1 accuracy (%)", title=results["dataset"])
+    axes.set_ylim(max(0, min(values) - 5), 100.5)
+    figure.savefig(folder / "accuracy_by_stage.png", dpi=150)
+
+    figure, axes = _figure()
+    by_layer = results["terms_per_weight"]["by_layer"]
+    group_size = results["config"]["group_size"]
+    axes.bar(list(by_layer), list(by_layer.values()), label="held by the weights")
+    budgets = results["budgets"]
+    axes.plot(
+        list(budgets), [k / group_size for k in budgets.values()], "k_", ms=12, label="budget"
+    )
+    axes.set(ylabel="terms per weight", title=f"{results['model']}: terms by layer")
+    axes.tick_params(axis="x", rotation=90)
+    axes.legend()
+    figure.savefig(folder / "terms_by_layer.png", dpi=150)
+
+    figure, axes = _figure()
+    arrays = {"int8 bit-parallel": "int8_bit_parallel", "group PE": "group_pe"}
+    bottom = np.zeros(len(arrays))
+    energies = [results["accelerator"][key]["energy_uj"] for key in arrays.values()]
+    for component in energies[0]:
+        heights = np.array([energy[component] for energy in energies])
+        axes.bar(list(arrays), heights, bottom=bottom, label=component)
+        bottom += heights
+    axes.set(
+        ylabel="energy per image (µJ)",
+        title=f"{results['model']}, {results['accelerator']['technology']}",
+    )
+    axes.legend()
+    figure.savefig(folder / "energy_by_component.png", dpi=150)

@@ -1,0 +1,233 @@
+"""Runs an experiment: ``python -m experiments.run --exp=stp_resnet18``.
+
+Run the same command again to continue after an interruption. Without ``--exp`` (or with
+``--exp=list``) the experiments are listed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from experiments import configs
+from experiments.config import Config, ConfigError, differences, override
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog="python -m experiments.run",
+        description="Train a network of few power-of-two terms and report its accuracy and cost.",
+        epilog="keys and their defaults: "
+        + ", ".join(
+            f"{f.name}={f.default}" for f in dataclasses.fields(Config) if f.name != "model_options"
+        )
+        + "; and the model's own, as model_options.depth=4",
+    )
+    result.add_argument(
+        "--exp", default="list", metavar="NAME", help="the experiment; 'list' shows those there are"
+    )
+    result.add_argument(
+        "--workdir", type=Path, metavar="DIR", help="where everything goes (default: runs/NAME)"
+    )
+    result.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change the configuration; may be repeated",
+    )
+    sweep = result.add_argument_group("sweeps (docs/scaling.md)")
+    sweep.add_argument(
+        "--sweep",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="run every combination of these settings, or a JSON file's; results in one table",
+    )
+    sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="members at a time")
+    sweep.add_argument(
+        "--slurm",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="run members as Slurm jobs, with submitit's parameters, as timeout_min=600",
+    )
+    several = result.add_argument_group("several processes (docs/scaling.md)")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where the first one listens")
+    several.add_argument("--num-processes", type=int, metavar="N")
+    several.add_argument("--process-id", type=int, metavar="I", help="0 to N-1; 0 writes results")
+    several.add_argument(
+        "--distributed",
+        action="store_true",
+        help="take the three from the cluster, as on a TPU pod; srun and mpirun need no flag",
+    )
+    return result
+
+
+def claim(workdir: Path, name: str, config: Any) -> None:
+    """Makes the run's folder, or makes sure that it holds this very run.
+
+    Raises:
+      ConfigError: the folder holds something else, or a run of another configuration.
+    """
+    from experiments.log import write_json
+
+    stored = workdir / "config.json"
+    if stored.exists():
+        try:
+            theirs = json.loads(stored.read_text())
+            changed = differences(config, theirs["config"])
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ConfigError(
+                f"{stored} is not a run's configuration; use another --workdir"
+            ) from None
+        if changed or theirs["experiment"] != name:
+            raise ConfigError(
+                f"{workdir} holds a run of {theirs['experiment']} with another configuration "
+                f"({'; '.join(changed) or 'same keys'}); use another --workdir"
+            )
+        return
+    # A kill while the configuration was written leaves a part of it, and nothing else.
+    if workdir.exists() and (
+        not workdir.is_dir() or {path.name for path in workdir.iterdir()} - {"config.json.partial"}
+    ):
+        raise ConfigError(f"{workdir} exists and is not a run's folder; use another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(stored, {"experiment": name, "config": dataclasses.asdict(config)})
+
+
+def _sweep(options: argparse.Namespace, base: Any, console: Console) -> int:
+    """A sweep, from the check of every member's settings to its table; the exit status."""
+    from experiments import interrupts
+    from experiments.sweep import parse_sweep, run_sweep
+
+    if options.jobs < 1:
+        raise ConfigError(f"--jobs must be 1 or more, got {options.jobs}")
+    if options.coordinator or options.distributed:
+        raise ConfigError("--sweep starts processes of its own; leave --coordinator and such out")
+    workdir = options.workdir or Path("runs") / f"{options.exp}_sweep"
+    members = parse_sweep(options.sweep)
+    fixed = {setting.partition("=")[0] for setting in options.set}
+    for member in members:
+        both = fixed & set(member.settings)
+        if both:
+            raise ConfigError(f"{', '.join(both)} stands in --set and in --sweep; choose one")
+        try:
+            config = override(base, [*options.set, *member.arguments])
+            if (workdir / member.name / "config.json").exists():
+                claim(workdir / member.name, options.exp, config)
+        except ConfigError as error:
+            raise ConfigError(f"member {member.name}: {error}") from None
+    slurm = None
+    if options.slurm is not None:
+        pairs = (text.partition("=") for text in options.slurm)
+        slurm = {key: int(value) if value.isdigit() else value for key, _, value in pairs}
+    try:
+        failed = run_sweep(
+            members,
+            name=options.exp,
+            workdir=workdir,
+            shared=options.set,
+            jobs=options.jobs,
+            slurm=slurm,
+            console=console,
+        )
+    except interrupts.Interrupted as signal:
+        print(f"{signal}; run the same command again to continue", file=sys.stderr)
+        return 128 + signal.number
+    if failed:
+        print(f"error: {failed} of {len(members)} members failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _join(options: argparse.Namespace) -> None:
+    from experiments import distributed
+
+    processes = (options.coordinator, options.num_processes, options.process_id)
+    try:
+        distributed.start(*processes, detect=options.distributed)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"cannot join the processes of this run: {error}") from error
+
+
+def _train(config: Config, workdir: Path, name: str, console: Console) -> int:
+    """A training run, from its checks to its report; the exit status."""
+    # Only a sound configuration is worth the seconds that these imports take.
+    from experiments import disk, distributed, interrupts, report, train
+    from experiments.checkpoints import CheckpointError
+    from experiments.lock import locked
+
+    if not distributed.is_first():
+        console = Console(quiet=True)
+
+    try:
+        context = train.make_context(config, workdir, console)
+        train.check_model(context)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+    def enter(stack: contextlib.ExitStack) -> None:
+        claim(workdir, name, config)
+        stack.enter_context(locked(workdir))
+
+    try:
+        with contextlib.ExitStack() as stack, interrupts.held():
+            distributed.from_first(lambda: enter(stack), failure=ConfigError)
+            outcome = train.train(context)
+            if distributed.is_first():
+                report.write_results(context, outcome, name)
+    except (train.TrainingError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except interrupts.Interrupted as signal:
+        print(f"{signal}; run the same command again to continue", file=sys.stderr)
+        return 128 + signal.number
+    except Exception as error:
+        if not disk.is_full(error):
+            raise
+        print(f"error: {disk.message(workdir)}", file=sys.stderr)
+        return 1
+    console.print(f"results: {workdir / 'results.json'}, plots: {workdir / 'plots'}")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit status.
+
+    0 on success, 2 on a wrong configuration, 1 on failed training or a full disk, 128 and the
+    signal's number when SIGTERM or Ctrl-C ended the run.
+    """
+    options = parser().parse_args(arguments)
+    console = Console()
+    if options.exp in ("", "list"):
+        for name in configs.names():
+            console.print(f"{name:24} {configs.summary(name)}", highlight=False, soft_wrap=True)
+        return 0
+    workdir = options.workdir or Path("runs") / options.exp
+    try:
+        experiment = configs.load(options.exp)
+        if options.sweep:
+            return _sweep(options, experiment.CONFIG, console)
+        _join(options)
+        config = override(experiment.CONFIG, options.set)
+        if isinstance(config, Config):
+            return _train(config, workdir, options.exp, console)
+        claim(workdir, options.exp, config)
+        experiment.run(config, workdir, console)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Text for language models: Python's own language reference, which every installation carries.
+
+CPython's module `pydoc_data.topics` holds the topics of ``help()`` as plain text (466 thousand
+characters in Python 3.11). It is cut into windows of characters, each predicting the next one.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+
+from stp_jax.data.pipeline import READ_OPTIONS, Batch
+
+NAME = "python_docs"
+VOCABULARY = "\n" + "".join(map(chr, range(32, 127)))  # line feed and printable ASCII
+TEST_EVERY = 10  # every tenth run of characters is for testing
+_RUN = 4096  # characters; long enough that few windows end at a border
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextDataset:
+    """Windows of characters and what follows them; characters are indices of `VOCABULARY`."""
+
+    name: str
+    version: str
+    window: int  # characters that a model reads at once
+    train: np.ndarray  # uint8 (N, window + 1)
+    test: np.ndarray
+    description: str  # one line for results: what was really read
+
+    @property
+    def num_classes(self) -> int:
+        """Size of the vocabulary."""
+        return len(VOCABULARY)
+
+
+def encode_text(text: str) -> np.ndarray:
+    """The indices in `VOCABULARY` of a text's characters, uint8; others are left out.
+
+    >>> encode_text("a\\nß!").tolist()
+    [66, 0, 2]
+    """
+    index = {character: i for i, character in enumerate(VOCABULARY)}
+    return np.array([index[c] for c in text if c in index], np.uint8)
+
+
+def _windows(run: np.ndarray, window: int) -> np.ndarray:
+    """(n, window + 1): windows that overlap by the one character that each one predicts last."""
+    count = (len(run) - 1) // window
+    starts = np.arange(count)[:, np.newaxis] * window
+    return run[starts + np.arange(window + 1)[np.newaxis, :]]
+
+
+def load_text(*, window: int = 64) -> TextDataset:
+    """Cuts Python's language reference into windows of characters.
+
+    Every tenth run of 4096 characters, from the first, goes to the test split, so that no test
+    window overlaps a training one.
+
+    Args:
+      window: characters that a model reads at once, from 1 to 4095.
+
+    Raises:
+      ValueError: if the window is out of range.
+    """
+    if not 1 <= window < _RUN:
+        raise ValueError(f"window must be from 1 to {_RUN - 1} characters, got {window}")
+    from pydoc_data.topics import topics  # type: ignore[import-not-found]  # not in typeshed
+
+    text = encode_text("\n\n".join(topics[key] for key in sorted(topics)))
+    runs = np.split(text, range(_RUN, len(text), _RUN))
+
+    def split(test: bool) -> np.ndarray:
+        chosen = [run for i, run in enumerate(runs) if (i % TEST_EVERY == 0) == test]
+        return np.concatenate([_windows(run, window) for run in chosen])
+
+    train, test = split(test=False), split(test=True)
+    return TextDataset(
+        name=NAME,
+        version=platform.python_version(),
+        window=window,
+        train=train,
+        test=test,
+        description=f"Python {platform.python_version()}'s language reference: {len(train)} "
+        f"training and {len(test)} test windows of {window} characters, {len(VOCABULARY)} classes",
+    )
+
+
+def _example(windows: np.ndarray) -> Batch:
+    # The key under which training looks for a model's input, whatever it is.
+    return {"image": windows[:, :-1].astype(np.int32), "label": windows[:, 1:].astype(np.int32)}
+
+
+def text_train_iterator(
+    dataset: TextDataset, *, batch_size: int, seed: int, shard_index: int = 0, shard_count: int = 1
+) -> grain.DatasetIterator[Batch]:
+    """Iterates for ever over shuffled training windows; the position can be saved and restored.
+
+    Returns:
+      An iterator over {"image": int32 (B, window), "label": int32 (B, window)}, the label being
+      the next character, with B = batch_size/shard_count.
+    """
+
+    def read(indices: np.ndarray) -> Batch:
+        return _example(dataset.train[indices[shard_index::shard_count]])
+
+    batches = (
+        grain.MapDataset.range(len(dataset.train))
+        .seed(seed)
+        .shuffle()
+        .batch(batch_size, drop_remainder=True)
+        .repeat()
+        .map(read)
+    )
+    return iter(batches.to_iter_dataset(READ_OPTIONS))
+
+
+def text_eval_batches(
+    dataset: TextDataset,
+    *,
+    batch_size: int,
+    split: str = "test",
+    shard_index: int = 0,
+    shard_count: int = 1,
+) -> Iterator[Batch]:
+    """Iterates once over a split in order, as `stp_jax.data.eval_batches` does over images.
+
+    Returns:
+      An iterator over batches as in training, with "mask": float32 (B,), 0 for repetitions that
+      fill the last batch up.
+    """
+    windows: np.ndarray = getattr(dataset, split)
+    for start in range(0, len(windows), batch_size):
+        positions = np.arange(start + shard_index, start + batch_size, shard_count)
+        batch = _example(windows[np.minimum(positions, len(windows) - 1)])
+        yield {**batch, "mask": (positions < len(windows)).astype(np.float32)}

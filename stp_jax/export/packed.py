@@ -1,0 +1,287 @@
+"""Packed checkpoints: an STP model as term streams in one safetensors file.
+
+`docs/format.md` defines the format. In short: every quantized kernel is written as the stream of
+`stp_jax.terms.pack` (or as plain integers where these are shorter) with its scale; everything else,
+biases, normalisation, layers that stayed float, as it is; and the quantizers' rules stand as JSON
+in the file's metadata. So the file and the float model's code give the STP model back, integer for
+integer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from stp_jax.export.variables import LISTED, check_fit, listing, read, variables, write
+from stp_jax.integration.nnx import (
+    QuantizedLayer,
+    integer_weights,
+    kernel_paths,
+    quantize_nnx,
+    quantized_layers,
+)
+from stp_jax.integration.policy import Policy, Rule
+from stp_jax.integration.sensitivity import group_counts
+from stp_jax.terms import PackedTerms, pack, unpack
+from stp_jax.terms.packing import slot_format
+from stp_jax.terms.quantizers import merge_axes
+
+FORMAT = "stp_jax.packed_terms"
+VERSION = 1
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+# --- Layers as tensors ----------------------------------------------------------------------------
+
+
+def _kernel_name(path: str, quantized: QuantizedLayer) -> str:
+    return f"{path}.{'embedding' if isinstance(quantized.layer, nnx.Embed) else 'kernel'}"
+
+
+def _is_stream(rule: Rule, budget: int) -> bool:
+    """Whether a group's slots take fewer bits than its integers."""
+    slots = budget * slot_format(rule.group_size, budget, rule.bits).bits
+    return slots < rule.group_size * _integer_type(rule).itemsize * 8
+
+
+def _integer_type(rule: Rule) -> np.dtype:
+    return np.dtype(np.int8 if rule.bits <= 8 else np.int32)
+
+
+def _pack(integers: np.ndarray, quantized: QuantizedLayer, budget: int) -> PackedTerms:
+    """The kernel's stream; group axes of the kernel are merged into one, the stream's axis."""
+    rule = quantized.quantizer.rule
+    shape, axis = merge_axes(integers.shape, quantized.quantizer.axes.groups)
+    return pack(
+        integers.reshape(shape),
+        group_size=rule.group_size,
+        budget=budget,
+        axis=axis,
+        encoding=rule.encoding,
+        bits=rule.bits,
+    )
+
+
+def _layer_tensors(
+    path: str, quantized: QuantizedLayer, integers: np.ndarray
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tensors of one quantized layer and its entry in the metadata."""
+    quantizer, name = quantized.quantizer, _kernel_name(path, quantized)
+    rule, budget = quantizer.rule, int(quantizer.budget[...])
+    tensors = {f"{name}.scale": quantizer.kernel_scale(quantized.kernel)}
+    entry: dict[str, Any] = {"kernel": name, "shape": integers.shape, "budget": budget}
+    if _is_stream(rule, budget):
+        packed = _pack(integers, quantized, budget)
+        tensors[f"{name}.terms"] = jnp.asarray(packed.data)
+        entry["stream"] = {"shape": packed.shape, "axis": packed.axis}
+    else:
+        tensors[f"{name}.integers"] = jnp.asarray(integers.astype(_integer_type(rule)))
+    if rule.activations in ("learned", "calibrated"):
+        tensors[f"{path}.input.scale"] = jnp.abs(quantizer.activation_scale[...])
+    if rule.weight_scale == "max":
+        # The largest weight that set the scale is gone: from now on the scale is a stored one.
+        rule = dataclasses.replace(rule, weight_scale="search")
+    entry["rule"] = {k: v for k, v in dataclasses.asdict(rule).items() if k != "path"}
+    return tensors, entry
+
+
+def _float_variables(model: nnx.Module) -> dict[str, nnx.Variable]:
+    """The variables that no quantizer has part in, random streams aside, by dotted path."""
+    layers = quantized_layers(model)
+    kernels = {_kernel_name(path, layer) for path, layer in layers.items()}
+    quantizers = tuple(f"{path}.promote_dtype." for path in layers)
+    return {
+        name: variable
+        for name, variable in variables(model)
+        if name not in kernels
+        and not name.startswith(quantizers)
+        and not isinstance(variable, nnx.RngState)
+    }
+
+
+# --- Saving ---------------------------------------------------------------------------------------
+
+
+def save_packed(model: nnx.Module, path: str | Path) -> None:
+    """Writes an STP model as packed terms; a file that exists is replaced when all is written.
+
+    Args:
+      model: an NNX model from `stp_jax.quantize`, in any stage of training. Its float kernels are
+        not kept, only the integers that they are projected to at the present budgets.
+      path: the file, by custom ``*.safetensors``.
+
+    Raises:
+      ValueError: the model has no quantized layer.
+    """
+    integers = integer_weights(model)
+    tensors = {name: variable[...] for name, variable in _float_variables(model).items()}
+    entries = {}
+    for layer_path, quantized in quantized_layers(model).items():
+        of_layer, entries[layer_path] = _layer_tensors(layer_path, quantized, integers[layer_path])
+        tensors |= of_layer
+    header = {"version": VERSION, "model": type(model).__name__, "layers": entries}
+    write(Path(path), tensors, {FORMAT: json.dumps(header)})
+
+
+# --- Loading --------------------------------------------------------------------------------------
+
+
+def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if FORMAT not in metadata:
+        raise ValueError(
+            f"{path} holds no packed terms (its metadata lack {FORMAT}); PyTorch weights are read "
+            "by stp_jax.models.load_torch"
+        )
+    try:
+        header = json.loads(metadata[FORMAT])
+        version = header["version"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: its metadata {FORMAT} cannot be read") from error
+    if version != VERSION:
+        raise ValueError(
+            f"{path} is of version {version} of the format, this stp_jax reads version {VERSION}"
+        )
+    return header
+
+
+def _kernel(name: str, entry: Mapping[str, Any], tensors: dict[str, jax.Array]) -> jax.Array:
+    """The kernel, float32: its integers times its scale."""
+    rule = entry["rule"]
+    if f"{name}.integers" in tensors:
+        integers = np.asarray(tensors.pop(f"{name}.integers"), np.int32)
+    else:
+        packed = PackedTerms(
+            data=np.asarray(tensors.pop(f"{name}.terms")),
+            shape=tuple(entry["stream"]["shape"]),
+            axis=entry["stream"]["axis"],
+            group_size=rule["group_size"],
+            budget=entry["budget"],
+            encoding=rule["encoding"],
+            bits=rule["bits"],
+        )
+        integers = unpack(packed).reshape(entry["shape"])
+    return jnp.asarray(integers, jnp.float32) * tensors[f"{name}.scale"]
+
+
+def _values(entries: Mapping[str, Any], tensors: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The values of an STP model's variables by dotted path."""
+    tensors = dict(tensors)
+    values = {}
+    for path, entry in entries.items():
+        try:
+            values[entry["kernel"]] = _kernel(entry["kernel"], entry, tensors)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"the file is damaged at layer {path!r}: {error}") from error
+        values[f"{path}.promote_dtype.weight_scale"] = tensors.pop(f"{entry['kernel']}.scale")
+        values[f"{path}.promote_dtype.budget"] = jnp.asarray(entry["budget"], jnp.int32)
+        if f"{path}.input.scale" in tensors:
+            values[f"{path}.promote_dtype.activation_scale"] = tensors.pop(f"{path}.input.scale")
+    return values | tensors
+
+
+def load_packed(model: Model, path: str | Path) -> Model:
+    """Reads a file of `save_packed` into an STP model.
+
+    Args:
+      model: the float NNX model that the saved one was made from, with any weights. It may be
+        abstract (from ``nnx.eval_shape``) and is not changed.
+      path: the file.
+
+    Returns:
+      An STP model like `stp_jax.quantize`'s, with the file's rules, budgets, scales and integers:
+      its outputs are bit for bit those of the saved model. Its float kernels are the integers
+      times their scales.
+
+    Raises:
+      ValueError: the file is missing, damaged, of another kind, or does not fit the model; the
+        message names what is missing, left over or of another shape.
+
+    >>> import stp_jax, tempfile
+    >>> from stp_jax import models
+    >>> float_model = models.create("mlp", num_classes=3, rngs=nnx.Rngs(0), in_features=4)
+    >>> model = stp_jax.quantize(float_model, models.default_policy(float_model, budget=6))
+    >>> with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+    ...     save_packed(model, file.name)
+    ...     again = load_packed(float_model, file.name)
+    >>> bool((again(jnp.ones((1, 4))) == model(jnp.ones((1, 4)))).all())
+    True
+    """
+    path = Path(path)
+    tensors, metadata = read(path)
+    header = _header(path, metadata)
+    entries = header["layers"]
+    paths = kernel_paths(model)
+    unknown = [layer for layer in entries if layer not in paths]
+    if unknown:
+        raise ValueError(
+            f"{path} (of a {header['model']}) does not fit {type(model).__name__}: "
+            + "".join(listing("no such layers", unknown))
+            + f"; the model has {', '.join(paths[:LISTED])} …"
+        )
+    rules = [Rule(path=re.escape(layer), **entry["rule"]) for layer, entry in entries.items()]
+    policy = Policy(rules)
+    loaded = nnx.eval_shape(lambda float_model: quantize_nnx(float_model, policy), model)
+    random = {n: v for n, v in variables(model) if isinstance(v, nnx.RngState)}
+    values = _values(entries, tensors)
+    wanted = {n: v for n, v in variables(loaded) if not isinstance(v, nnx.RngState)}
+    check_fit(path, {n: v.get_value() for n, v in wanted.items()}, values)
+    for name, variable in variables(loaded):
+        if name in wanted:
+            dtype = variable.get_value().dtype
+            variable.set_value(values[name].astype(dtype))
+        else:
+            variable.set_value(random[name].get_value())
+    return loaded  # type: ignore[return-value]
+
+
+# --- Sizes ----------------------------------------------------------------------------------------
+
+
+class Size(NamedTuple):
+    """Bytes of the same values in three forms."""
+
+    float32: int
+    int8: int  # kernels as integers of their rule's width, and their scales
+    packed: int  # as `save_packed` writes them
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedSizes:
+    """Bytes of a model as `save_packed` writes it, and of the same model in float32 and int8."""
+
+    layers: Mapping[str, Size]  # of quantized layers: kernel and scales
+    rest: int  # everything else, which is the same in all forms
+
+    @property
+    def total(self) -> Size:
+        """The whole model's bytes, without a file's header."""
+        return Size(*(sum(sizes) + self.rest for sizes in zip(*self.layers.values(), strict=True)))
+
+
+def packed_sizes(model: nnx.Module) -> PackedSizes:
+    """What an STP model takes in memory as packed terms, beside float32 and int8.
+
+    Raises:
+      ValueError: the model has no quantized layer.
+    """
+    groups, sizes = group_counts(model), {}
+    for path, quantized in quantized_layers(model).items():
+        quantizer, kernel = quantized.quantizer, quantized.kernel
+        rule, budget = quantizer.rule, int(quantizer.budget[...])
+        scales = quantizer.kernel_scale(kernel).nbytes
+        scales += 4 * (rule.activations in ("learned", "calibrated"))
+        integers = kernel.size * _integer_type(rule).itemsize
+        slots = groups[path] * budget * slot_format(rule.group_size, budget, rule.bits).bits
+        stream = -(-slots // 8) if _is_stream(rule, budget) else integers
+        sizes[path] = Size(4 * kernel.size, integers + scales, stream + scales)
+    rest = sum(int(variable[...].nbytes) for variable in _float_variables(model).values())
+    return PackedSizes(sizes, rest)

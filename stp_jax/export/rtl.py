@@ -1,0 +1,165 @@
+"""A trained layer as a job for the RTL test bench: its terms and the activations that it sees.
+
+The test bench multiplies matrices (`stp_jax.hwmodel.rtl.images`), so a convolution becomes its
+patches times its kernel, window position by window position. Channels of a position are filled up
+with zeros to whole groups, as in training, and a grouped convolution is one job per group.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from stp_jax.hwmodel.rtl.images import Job, write_images
+from stp_jax.integration.integer import integer_model
+from stp_jax.integration.nnx import Quantizer, quantized_layers
+
+_HOOKS = {nnx.Conv: "conv_general_dilated", nnx.Linear: "dot_general"}
+
+
+def _quantizer(model: nnx.Module, layer: str) -> Quantizer:
+    layers = quantized_layers(model)
+    if layer not in layers:
+        raise ValueError(f"no quantized layer at {layer!r}; there are: {', '.join(layers)}")
+    module, quantizer = layers[layer]
+    if type(module) not in _HOOKS:
+        kinds = " or ".join(kind.__name__ for kind in _HOOKS)
+        raise ValueError(f"layer {layer!r} is a {type(module).__name__}; jobs are made of {kinds}")
+    rule = quantizer.rule
+    if (rule.encoding, rule.bits) != ("naf", 8) or rule.activation_bits > 8:
+        raise ValueError(
+            f"layer {layer!r}: the array takes NAF terms of 8-bit weights and 8-bit activations, "
+            f"not {rule.encoding} of {rule.bits} bits and {rule.activation_bits} bits"
+        )
+    if int(quantizer.budget[...]) < 1:
+        raise ValueError(f"layer {layer!r}: a budget of 0 leaves nothing to compute")
+    return quantizer
+
+
+def _first_product(model: nnx.Module, layer: str, x: Any) -> tuple[tuple, dict[str, Any]]:
+    """Arguments of a layer's first product when the integer model runs on x."""
+    integer = integer_model(model)
+    integer.eval()
+    module = next(m for path, m in nnx.iter_modules(integer) if ".".join(map(str, path)) == layer)
+    hook = getattr(module, _HOOKS[type(module)])
+    product, calls = hook.product, []
+
+    def recorded(*args: Any, **kwargs: Any) -> jax.Array:
+        calls.append((args, kwargs))
+        return product(*args, **kwargs)
+
+    hook.product = recorded
+    integer(x)  # type: ignore[operator]
+    if not calls:
+        raise ValueError(f"the model does not use layer {layer!r} on this input")
+    return calls[0]
+
+
+def _patches(lhs: jax.Array, rhs: jax.Array, strides, padding, **kwargs: Any) -> np.ndarray:
+    """Integers [pixels, window positions, channels] that each output pixel is the product of."""
+    window = rhs.shape[:-2]
+    patches = jax.lax.conv_general_dilated_patches(
+        lhs.astype(jnp.float32),  # exact for integers of 8 bits
+        window,
+        strides,
+        padding,
+        rhs_dilation=kwargs.get("rhs_dilation"),
+        dimension_numbers=kwargs.get("dimension_numbers"),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    by_channel = np.asarray(patches, np.int32).reshape(-1, lhs.shape[-1], math.prod(window))
+    return by_channel.swapaxes(1, 2)
+
+
+def _fill_up(v: np.ndarray, group_size: int) -> np.ndarray:
+    """[n, outer, inner] → [n, K] with every inner run filled up to whole groups."""
+    missing = -v.shape[-1] % group_size
+    return np.pad(v, [(0, 0), (0, 0), (0, missing)]).reshape(len(v), -1)
+
+
+def layer_jobs(model: nnx.Module, layer: str, x: Any) -> list[Job]:
+    """What a layer multiplies when the model runs on x, in integers: jobs for the array.
+
+    Args:
+      model: a calibrated STP model.
+      layer: dotted path of a quantized Conv or Linear with the NAF, 8-bit weights and a budget.
+      x: an input of the model. The layer's first use counts.
+
+    Returns:
+      One job, or one per feature group. Weights are [filters, K], activations [pixels, K]; a job's
+      ``activations @ weights.T`` are the layer's int32 sums, pixels in the order of its output.
+
+    Raises:
+      ValueError: the layer does not exist, is not used, is of another kind or format, or the model
+        is not calibrated.
+    """
+    quantizer = _quantizer(model, layer)
+    rule, budget = quantizer.rule, int(quantizer.budget[...])
+    (lhs, kernel, *positional), options = _first_product(model, layer, x)
+    weights = np.asarray(kernel, np.int32)
+    if weights.ndim == 2:
+        groups, patches = 1, np.asarray(lhs, np.int32).reshape(-1, 1, len(weights))
+    else:
+        groups = options.pop("feature_group_count", 1)
+        patches = _patches(lhs, kernel, *positional, **options)
+    # Weights as [filters, positions, channels of a group].
+    weights = weights.reshape(-1, *weights.shape[-2:]).transpose(2, 0, 1)
+    window_groups = weights.shape[2] == 1 and quantizer.axes.groups == tuple(range(kernel.ndim - 2))
+
+    def job(weights: np.ndarray, patches: np.ndarray) -> Job:
+        if window_groups:
+            weights, patches = weights.swapaxes(1, 2), patches.swapaxes(1, 2)
+        return Job(
+            weights=_fill_up(weights, rule.group_size),
+            activations=_fill_up(patches, rule.group_size),
+            budget=budget,
+        )
+
+    pairs = zip(np.split(weights, groups), np.split(patches, groups, axis=2), strict=True)
+    return [job(w, p) for w, p in pairs]
+
+
+def write_layer_images(
+    model: nnx.Module,
+    layer: str,
+    x: Any,
+    directory: str | Path,
+    *,
+    rows: int,
+    cols: int,
+    encode_at_edge: bool = False,
+) -> dict[str, int]:
+    """Writes the memory images of a trained layer for an array of ``rows`` × ``cols`` group PEs.
+
+    Args:
+      model: a calibrated STP model.
+      layer: as in `layer_jobs`.
+      x: an input of the model.
+      directory: where the files go; made if it does not exist.
+      rows: R, rows of the array.
+      cols: C, columns of the array.
+      encode_at_edge: False writes the term stream, True int8 weights for the encoders at the edge.
+
+    Returns:
+      The number of words in each image, under the names of the test bench's parameters.
+
+    Raises:
+      ValueError: as `layer_jobs` and `stp_jax.hwmodel.rtl.write_images` do.
+    """
+    jobs = layer_jobs(model, layer, x)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    return write_images(
+        directory,
+        jobs,
+        rows=rows,
+        cols=cols,
+        group_size=quantized_layers(model)[layer].quantizer.rule.group_size,
+        encode_at_edge=encode_at_edge,
+    )

@@ -1,0 +1,179 @@
+"""Arrays side by side on one network, and what the result owes to each energy entry."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import pandas as pd
+
+from stp_jax.hwmodel.arrays import Array
+from stp_jax.hwmodel.encoders import array_area_um2
+from stp_jax.hwmodel.evaluate import evaluate
+from stp_jax.hwmodel.group_pe import Budgets, GroupPE
+from stp_jax.hwmodel.network import Network
+from stp_jax.hwmodel.report import Report, computational_saving
+from stp_jax.hwmodel.technology import HOROWITZ_45NM, Technology
+
+Match = Literal["area", "throughput"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Design:
+    """An array and the operands that it runs: pruned ones for group PEs, int8 ones for others."""
+
+    array: Array
+    budgets: Budgets = None
+    weights: Any = None
+    activations: Mapping[str, Any] | None = None
+
+
+def peak_macs(design: Design, network: Network) -> float:
+    """Multiply-accumulates a cycle with every PE busy.
+
+    At the nominal rate of the PE: eight bits for the digit-serial ones, and for group PEs the
+    budgets of the design averaged over the network's multiply-accumulates.
+    """
+    array, budget = design.array, None
+    if isinstance(array.pe, GroupPE):
+        report = evaluate(network, array, budgets=design.budgets, weights=design.weights)
+        budget = np.average(report.budgets, weights=report.operations["macs"])
+    return float(array.rows * array.cols * array.pe.nominal_macs(budget))
+
+
+def match(
+    design: Design,
+    reference: Design,
+    network: Network,
+    *,
+    by: Match,
+    technology: Technology = HOROWITZ_45NM,
+) -> Design:
+    """The design with as many columns as fit the reference's area, or reach its peak throughput.
+
+    Rows stay, so the reduction folds alike. At least one column. Area is that of PEs and edge
+    encoders; throughput that of `peak_macs`.
+
+    Raises:
+      ValueError: ``by`` is neither.
+    """
+    if by == "area":
+        own = array_area_um2(design.array, technology)
+        room = sum(array_area_um2(reference.array, technology).values()) - own["encoders"]
+        cols = int(room // (own["pes"] / design.array.cols))
+    elif by == "throughput":
+        column = peak_macs(design, network) / design.array.cols
+        cols = round(peak_macs(reference, network) / column)
+    else:
+        raise ValueError(f"match by 'area' or 'throughput', not {by!r}")
+    return dataclasses.replace(design, array=dataclasses.replace(design.array, cols=max(cols, 1)))
+
+
+def compare(
+    network: Network,
+    designs: Mapping[str, Array | Design],
+    *,
+    by: Match | None = None,
+    technology: Technology = HOROWITZ_45NM,
+) -> pd.DataFrame:
+    """Evaluates designs on a network against the first of them.
+
+    Args:
+      network: the layers.
+      designs: arrays by name, with operands where they need or profit from them (`Design`); the
+        first is the baseline.
+      by: ``area`` or ``throughput`` to give every array as many columns as match the baseline's
+        (`match`); None to take arrays as they are.
+      technology: energies and areas.
+
+    Returns:
+      One row a design: its size, PE area in mm², cycles and speedup, utilization, energies in µJ,
+      and the savings: of array energy without and with the encoder, and of all energy.
+
+    Raises:
+      ValueError: no designs, or what `evaluate` refuses.
+    """
+    if not designs:
+        raise ValueError("nothing to compare: give at least a baseline")
+    chosen = {n: d if isinstance(d, Design) else Design(array=d) for n, d in designs.items()}
+    reference = next(iter(chosen.values()))
+    if by is not None:
+        chosen = {
+            name: design
+            if design is reference
+            else match(design, reference, network, by=by, technology=technology)
+            for name, design in chosen.items()
+        }
+    reports = {
+        name: evaluate(
+            network,
+            design.array,
+            budgets=design.budgets,
+            weights=design.weights,
+            activations=design.activations,
+            technology=technology,
+        )
+        for name, design in chosen.items()
+    }
+    baseline = next(iter(reports.values()))
+    rows = [
+        _row(chosen[name].array, report, baseline, technology) for name, report in reports.items()
+    ]
+    return pd.DataFrame(rows, index=pd.Index(list(chosen), name="design"))
+
+
+def _row(array: Array, report: Report, baseline: Report, technology: Technology) -> dict[str, Any]:
+    energies = {f"{name}_uj": 1e-6 * e.sum() for name, e in report.energy_pj.items()}
+    busy = (report.utilization * report.cycles).sum() / report.total_cycles
+    return {
+        "pe": type(array.pe).__name__,
+        "rows": array.rows,
+        "cols": array.cols,
+        "area_mm2": 1e-6 * sum(array_area_um2(array, technology).values()),
+        "cycles": report.total_cycles,
+        "speedup": baseline.total_cycles / report.total_cycles,
+        "utilization": busy,
+        **energies,
+        "array_saving": computational_saving(baseline, report),
+        "array_saving_with_encoder": computational_saving(baseline, report, encoder=True),
+        "total_saving": baseline.total_energy_pj / report.total_energy_pj,
+    }
+
+
+def sensitivity(
+    figure: Callable[[Technology], Any], technology: Technology = HOROWITZ_45NM
+) -> pd.DataFrame:
+    """How a figure moves with each energy entry.
+
+    Args:
+      figure: a scalar of the technology, such as a `computational_saving`; must be traceable.
+      technology: the table around which to move.
+
+    Returns:
+      One row an entry: ``pj``; ``elasticity``, the percent that the figure gains for each percent
+      of the entry; the figure with the entry ``halved`` and ``doubled``; its ``source``.
+    """
+
+    def log_figure(log_energies: dict[str, Any]) -> Any:
+        energies = {name: jax.numpy.exp(value) for name, value in log_energies.items()}
+        return jax.numpy.log(figure(dataclasses.replace(technology, energy_pj=energies)))
+
+    logs = {name: jax.numpy.log(value) for name, value in technology.energy_pj.items()}
+    elasticity = jax.grad(log_figure)(logs)
+    sources = dict(technology.sources)
+    rows = {
+        name: {
+            "pj": value,
+            "elasticity": float(elasticity[name]),
+            **{
+                label: float(figure(technology.replace(source="scaled", **{name: factor * value})))
+                for label, factor in (("halved", 0.5), ("doubled", 2.0))
+            },
+            "source": sources[f"energy_pj.{name}"],
+        }
+        for name, value in technology.energy_pj.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index")

@@ -1,0 +1,88 @@
+"""Encoders at the array's edge: integers become terms on their way in, once for all columns.
+
+Each row has one encoder for every weight of a group, before a serialiser that emits one term a
+cycle. The next group is encoded while the previous one's last term leaves, so the one cycle of
+latency never stalls the array, and area and energy are shared by the row's columns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import pandas as pd
+
+from stp_jax.hwmodel.arrays import Array
+from stp_jax.hwmodel.group_pe import GroupPE, encoder_entry
+from stp_jax.hwmodel.technology import HOROWITZ_45NM, Technology
+
+EncoderKind = Literal["naf", "booth2", "booth4"]
+LATENCY_CYCLES = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EdgeEncoders:
+    """The encoders of one array.
+
+    Attributes:
+      count: encoders, g a row.
+      latency_cycles: from a stored group to its first term; hidden by prefetching.
+      area_um2: of all of them.
+      area_per_pe_um2: shared by the array's PEs.
+      pj_per_weight: energy of encoding a weight once.
+      pj_per_use: that energy shared by the columns that use the weight.
+    """
+
+    count: Any
+    latency_cycles: int
+    area_um2: Any
+    area_per_pe_um2: Any
+    pj_per_weight: Any
+    pj_per_use: Any
+
+
+def edge_encoders(
+    array: Array, *, kind: EncoderKind | None = None, technology: Technology = HOROWITZ_45NM
+) -> EdgeEncoders | None:
+    """Encoders of an array of `GroupPE`, by default of its encoding; None if it needs none.
+
+    Raises:
+      ValueError: the array has no group PEs, or the technology lacks the encoder.
+    """
+    if not isinstance(array.pe, GroupPE):
+        raise ValueError(f"{type(array.pe).__name__} takes no encoded terms")
+    entry = encoder_entry(array.pe.encoding) if kind is None else f"encode_{kind}"
+    if entry is None or (kind is None and array.pe.packed):
+        return None
+    technology.require([entry])
+    technology.require([entry], kind="area_um2")
+    count = array.rows * array.pe.group_size
+    area = count * technology.area_um2[entry]
+    energy = technology.energy_pj[entry]
+    return EdgeEncoders(
+        count=count,
+        latency_cycles=LATENCY_CYCLES,
+        area_um2=area,
+        area_per_pe_um2=area / (array.rows * array.cols),
+        pj_per_weight=energy,
+        pj_per_use=energy / array.cols,
+    )
+
+
+def array_area_um2(array: Array, technology: Technology = HOROWITZ_45NM) -> dict[str, Any]:
+    """Area of the PEs and of the edge encoders, µm²; buffers and serialisers are not in it."""
+    area = {"pes": array.rows * array.cols * array.pe.area_um2(technology), "encoders": 0.0}
+    encoders = (
+        edge_encoders(array, technology=technology) if isinstance(array.pe, GroupPE) else None
+    )
+    if encoders is not None:
+        area["encoders"] = encoders.area_um2
+    return area
+
+
+def encoder_table(array: Array, technology: Technology = HOROWITZ_45NM) -> pd.DataFrame:
+    """The three encoders at this array's edge, one row each."""
+    kinds: tuple[EncoderKind, ...] = ("naf", "booth2", "booth4")
+    rows = [edge_encoders(array, kind=kind, technology=technology) for kind in kinds]
+    found = [dataclasses.asdict(row) for row in rows if row is not None]
+    return pd.DataFrame(found, index=pd.Index(kinds, name="encoder"))

@@ -1,0 +1,234 @@
+"""PEs whose cycles a budget of terms fixes in advance: no lane waits for a slower one.
+
+`GroupPE` is the group processing element of structured term pruning (Huang et al., IEEE TCAD
+42(1), 2023): it holds g activations, and each cycle one weight term (sign, exponent, index in the
+group) selects one, shifts it and adds it. `TermMac` is the tMAC of term revealing (Kung, McDanel
+and Zhang, SC20).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+
+from stp_jax import terms
+from stp_jax.hwmodel.network import Network
+from stp_jax.hwmodel.numeric import (
+    as_integer,
+    as_real,
+    ceil_div,
+    check_numbers,
+    smooth_maximum,
+)
+from stp_jax.hwmodel.pes import (
+    ACCUMULATOR_BITS,
+    ACTIVATION_BITS,
+    PE,
+    Profile,
+    Workload,
+    composed_area,
+    operand_register_bits,
+)
+from stp_jax.hwmodel.statistics import GroupTerms, check_names, lookup, measure_terms
+from stp_jax.hwmodel.technology import Technology
+
+Grouping = Literal["flat", "channels"]
+Budgets = Mapping[str, Any] | Sequence[Any] | jax.typing.ArrayLike | None
+
+
+def encoder_entry(encoding: str) -> str | None:
+    """The energy entry of the parallel encoder; sign and magnitude (binary) need none."""
+    return None if encoding == "binary" else f"encode_{encoding}"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupPE(PE):
+    """The group processing element: k cycles for ``group_size`` multiplications.
+
+    Each group of ``group_size`` weights along the reduction holds at most k terms; a step takes k
+    cycles whatever the weights, so there is no slowest lane. A slot without a term idles: it costs
+    a cycle but switches neither shifter nor adder. n > 0 terms cost n shifts and n int32 adds: the
+    first term is loaded rather than added, the last add joins the sum from the row above.
+
+    Attributes:
+      group_size: g, activations held.
+      encoding: of the weights' terms, one of ``stp_jax.terms.ENCODINGS``.
+      bits: width of the integer weights.
+      grouping: ``flat`` cuts the reduction (row, column, channel) into groups whatever the channel
+        count, ceil(K/g) groups; ``channels`` starts anew at each kernel position. They are the
+        same where g divides the channels, and for depthwise convolutions, grouped over the window.
+      packed: weights are stored as k fixed slots a group of valid bit, sign, exponent and index,
+        ready to stream; otherwise as integers that an encoder at each row's edge turns into terms.
+
+    Raises:
+      ValueError: group_size or bits not a positive integer, unknown encoding or grouping.
+    """
+
+    group_size: Any = 8
+    encoding: terms.Encoding = dataclasses.field(default="naf", metadata={"static": True})
+    bits: int = dataclasses.field(default=8, metadata={"static": True})
+    grouping: Grouping = dataclasses.field(default="flat", metadata={"static": True})
+    packed: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        """Checks encoding, grouping and, where they are concrete, the numbers."""
+        check_numbers("GroupPE", group_size=self.group_size, bits=self.bits)
+        terms.num_digits(self.encoding, self.bits)  # raises where there is no such encoding
+        if self.grouping not in get_args(Grouping):
+            raise ValueError(
+                f"GroupPE: grouping must be one of {get_args(Grouping)}, got {self.grouping!r}"
+            )
+
+    @property
+    def max_budget(self) -> Any:
+        """The most terms that a group of any integers needs: g times the encoding's maximum."""
+        return self.group_size * terms.max_terms(self.encoding, self.bits)
+
+    def reduction_steps(self, network: Network, xp: Any) -> Any:
+        """Groups along the reduction."""
+        size = as_integer(self.group_size, xp)
+        flat = ceil_div(xp.asarray(network.extents("K")), size)
+        if self.grouping == "flat":
+            return flat
+        channels = xp.asarray(network.extents("group_channels"))
+        windowed = xp.asarray(network.extents("window")) * ceil_div(channels, size)
+        return xp.where(channels == 1, flat, windowed)
+
+    def nominal_macs(self, budget: Any = None) -> Any:
+        """g multiplications in k cycles."""
+        return self.group_size / (self.max_budget if budget is None else budget)
+
+    def area_um2(self, technology: Technology) -> Any:
+        """Area of one PE: derived, a term lane plus its resident activations.
+
+        Interpolated linearly in g through the synthesised points: one term lane with a single
+        resident activation, and the PE with 8.
+        """
+        technology.require(["term_lane", "group_pe_8"], kind="area_um2")
+        lane, eight = (technology.area_um2[name] for name in ("term_lane", "group_pe_8"))
+        return lane + (eight - lane) / 7 * (self.group_size - 1)
+
+    def slot_bits(self, xp: Any) -> Any:
+        """Bits of one term on its way through the array: valid, sign, exponent, index.
+
+        Integers of magnitude up to 2**(bits - 1) have no exponent above bits - 1.
+        """
+        exponent_bits = math.ceil(math.log2(self.bits))
+        return 2.0 + exponent_bits + xp.ceil(xp.log2(as_real(self.group_size, xp)))
+
+    def profile(self, work: Workload, xp: Any) -> Profile:
+        """A step takes k cycles; the events are those of the terms that the weights hold."""
+        folding = work.folding
+        statistics = work.weights
+        if not isinstance(statistics, GroupTerms):
+            statistics = measure_terms(work.network, statistics, self)
+        statistics.check(self)
+        k = resolve_budgets(work.network, self, work.budgets, statistics, xp)
+        if xp is np and work.smoothing == 0.0:
+            _check_budgets(work.network, self, k, statistics)
+        groups = folding.groups * folding.reduction_steps * folding.M
+        held, empty = statistics.within(k, groups, xp, work.smoothing)
+        added = held * folding.P
+        slot_bits = groups * k * self.slot_bits(xp)
+        weight_bits = xp.full_like(k, float(self.bits))
+        if self.packed:
+            weight_bits = slot_bits / (folding.groups * folding.K * folding.M)
+        return Profile(
+            cycles=folding.folds * folding.steps * smooth_maximum(k, 1.0, work.smoothing, xp),
+            busy=groups * k * folding.P,
+            terms=added,
+            events={"int8_shift": added, "int32_add": added},
+            register_bits=(added + empty * folding.P) * ACCUMULATOR_BITS
+            + operand_register_bits(folding, slot_bits * folding.P, slot_bits),
+            encoder=None if self.packed else encoder_entry(self.encoding),
+            weight_bits=weight_bits,
+            budgets=k,
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TermMac(GroupPE):
+    """Term revealing's tMAC: one pair of a weight term and a data term a cycle, k * s a group.
+
+    The group's weights hold at most k terms (the budget) and every activation at most
+    ``data_terms`` = s, so a step takes k * s cycles (Kung, McDanel and Zhang, SC20). A pair
+    adds two exponents and counts into a coefficient vector: two 8-bit additions (derived: the
+    paper's adders are narrower). Every activation is taken to hold s terms.
+    """
+
+    data_terms: Any = 3  # s; assumed, as signed-digit data of 8 bits rarely hold more
+
+    def __post_init__(self) -> None:
+        """Checks the data terms as well."""
+        super().__post_init__()
+        check_numbers("TermMac", data_terms=self.data_terms)
+
+    def nominal_macs(self, budget: Any = None) -> Any:
+        """g multiplications in k * s cycles."""
+        return super().nominal_macs(budget) / self.data_terms
+
+    def area_um2(self, technology: Technology) -> Any:
+        """Derived: exponent adder, eight 8-bit coefficient counters, terms of both operands."""
+        blocks = {"int8_add": 9.0}
+        return composed_area(technology, blocks, 2 * ACTIVATION_BITS + 8 * 8 + ACCUMULATOR_BITS)
+
+    def profile(self, work: Workload, xp: Any) -> Profile:
+        """As `GroupPE`, with s cycles and pairs for each of its terms."""
+        single = super().profile(work, xp)
+        s = as_real(self.data_terms, xp)
+        pairs = single.terms * s
+        return dataclasses.replace(
+            single,
+            cycles=single.cycles * s,
+            busy=single.busy * s,
+            terms=pairs,
+            events={"int8_add": 2.0 * pairs},
+        )
+
+
+def resolve_budgets(
+    network: Network, pe: GroupPE, budgets: Budgets, held: GroupTerms, xp: Any = np
+) -> Any:
+    """Budgets as a real vector over layers; see `evaluate` for what is accepted and raised."""
+    full = xp.where(xp.asarray(held.measured), xp.asarray(held.largest), pe.max_budget)
+    full = as_real(full, xp)
+    if isinstance(budgets, Mapping):
+        check_names("budgets", budgets, network)
+        budgets = [lookup(budgets, layer) for layer in network]
+    if budgets is None:
+        return full
+    if isinstance(budgets, str):
+        raise TypeError(f"budgets are numbers, not text, got {budgets!r}")
+    if isinstance(budgets, list | tuple):
+        if len(budgets) != len(network):
+            raise ValueError(f"{len(budgets)} budgets for {len(network)} layers")
+        chosen = [full[i] if k is None else as_real(k, xp) for i, k in enumerate(budgets)]
+        k = xp.stack(chosen)
+    else:
+        k = as_real(budgets, xp)
+        if k.shape not in ((), (len(network),)):
+            raise ValueError(f"budgets of shape {k.shape} for {len(network)} layers")
+        k = xp.broadcast_to(k, (len(network),))
+    return k
+
+
+def _check_budgets(network: Network, pe: GroupPE, k: np.ndarray, held: GroupTerms) -> None:
+    for layer, budget, largest in zip(network, k, held.largest, strict=True):
+        if not 0 <= budget <= pe.max_budget or budget != np.floor(budget):
+            raise ValueError(
+                f"{layer.name}: a budget must be a whole number from 0 to {pe.max_budget} "
+                f"(groups of {pe.group_size}, {pe.encoding}, {pe.bits} bits), got {budget:g}"
+            )
+        if budget < largest:
+            raise ValueError(
+                f"{layer.name}: a group of its weights holds {largest} terms, over the budget of "
+                f"{budget:g}; project the weights first, with the groups that the PE's "
+                f"grouping={pe.grouping!r} makes"
+            )

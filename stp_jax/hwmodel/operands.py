@@ -1,0 +1,149 @@
+"""Real operands as the matrices that an array multiplies, and who waits for whom in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from stp_jax.hwmodel.network import Layer
+from stp_jax.hwmodel.statistics import lookup, weight_matrix
+
+
+def layer_weights(layer: Layer, weights: Any, bits: int) -> np.ndarray:
+    """Integer weights of one layer by product: int64 (groups, K, M); see `weight_matrix`."""
+    matrix = weight_matrix(layer, weights, bits)
+    return matrix.reshape(layer.K, layer.groups, layer.M).transpose(1, 0, 2)
+
+
+def layer_patches(layer: Layer, activations: Any, bits: int) -> np.ndarray:
+    """Integer inputs of one layer as patches by product: int64 (groups, K, P).
+
+    Args:
+      layer: the layer.
+      activations: patches (P, groups * K), channels fastest within a product; or, for convolutions,
+        the input (N, *spatial, channels), around which zeros are laid as for ``SAME`` padding.
+      bits: width; magnitudes must be below 2**bits.
+
+    Raises:
+      TypeError: not integers. ValueError: wrong shape or out of range.
+    """
+    a = check_activations(layer, activations, bits)
+    if a.shape == (layer.batch, *layer.in_size, layer.channels) and layer.kernel:
+        a = _patches(layer, a)
+    elif a.size == layer.P * layer.groups * layer.K and a.shape[-1] == layer.groups * layer.K:
+        a = a.reshape(layer.P, layer.groups, layer.K).transpose(1, 2, 0)
+    else:
+        raise ValueError(
+            f"{layer.name}: activations of shape {a.shape} are neither the input "
+            f"{(layer.batch, *layer.in_size, layer.channels)} nor patches "
+            f"{(layer.P, layer.groups * layer.K)}"
+        )
+    return a
+
+
+def check_activations(layer: Layer, activations: Any, bits: int) -> np.ndarray:
+    """The activations as int64; TypeError unless integers, ValueError if 2**bits is reached."""
+    a = np.asarray(activations)
+    if not np.issubdtype(a.dtype, np.integer):
+        raise TypeError(f"{layer.name}: activations must be integers, got {a.dtype}")
+    a = a.astype(np.int64)
+    if a.size and np.abs(a).max() >= 1 << bits:
+        raise ValueError(f"{layer.name}: activations exceed {bits} bits")
+    return a
+
+
+def _patches(layer: Layer, a: np.ndarray) -> np.ndarray:
+    axes = tuple(range(1, 1 + len(layer.kernel)))
+    extents = zip(layer.in_size, layer.out_size, layer.kernel, layer.stride, strict=True)
+    missing = [max((out - 1) * stride + k - n, 0) for n, out, k, stride in extents]
+    padding = [(0, 0), *((m // 2, m - m // 2) for m in missing), (0, 0)]
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(a, padding), layer.kernel, axes)
+    steps = zip(layer.out_size, layer.stride, strict=True)
+    chosen = tuple(slice(0, (out - 1) * stride + 1, stride) for out, stride in steps)
+    windows = windows[(slice(None), *chosen)]  # (N, *out, channels, *kernel)
+    split = windows.reshape(layer.P, layer.groups, layer.group_channels, layer.window)
+    return split.transpose(1, 3, 2, 0).reshape(layer.groups, layer.K, layer.P)
+
+
+def require(what: str, given: Mapping[str, Any] | None, layer: Layer, pe: Any) -> Any:
+    """A layer's operand, or a ValueError that says who needs it."""
+    held = None if given is None else lookup(given, layer)
+    if held is None:
+        raise ValueError(
+            f"the cycles of {type(pe).__name__} depend on the digits of the {what}; pass "
+            f"{what}={{...}} with {layer.name!r}"
+        )
+    return held
+
+
+def pad_rows(x: np.ndarray, multiple: int) -> np.ndarray:
+    """Zeros below (rows, ...) up to a multiple of rows."""
+    return np.pad(x, ((0, -len(x) % multiple), *((0, 0),) * (x.ndim - 1)))
+
+
+def fold_maximum(x: np.ndarray, size: int, axis: int) -> np.ndarray:
+    """Maxima over consecutive blocks of ``size`` along an axis; the last may be short."""
+    return np.maximum.reduceat(x, np.arange(0, x.shape[axis], size), axis=axis)
+
+
+def lockstep_cycles(
+    weight_side: np.ndarray,
+    activation_side: np.ndarray,
+    *,
+    dataflow: str,
+    rows: int,
+    cols: int,
+    lanes: int,
+) -> int:
+    """Cycles of one product whose array advances when its slowest lane is done. Exact.
+
+    Lane l of filter m and position p takes ``weight_side[l, m] * activation_side[l, p]`` cycles, a
+    step at least one. All lanes of all PEs that share a step wait for the slowest.
+
+    Args:
+      weight_side: (lanes along the reduction, M).
+      activation_side: (lanes along the reduction, P).
+      dataflow: which operand stays; see `Array`.
+      rows: R.
+      cols: C.
+      lanes: lanes of the reduction in one PE.
+    """
+    if dataflow == "os":
+        w = fold_maximum(weight_side, cols, 1)
+        a = fold_maximum(activation_side, rows, 1)
+        blocks = _row_blocks(w, a, lanes)
+    elif dataflow == "is":
+        a = fold_maximum(activation_side, cols, 1)
+        blocks = _row_blocks(weight_side, a, rows * lanes)
+    else:
+        w = fold_maximum(weight_side, cols, 1)
+        blocks = _row_blocks(w, activation_side, rows * lanes)
+    return sum(int(np.maximum(_largest_products(w, a), 1).sum(dtype=np.int64)) for w, a in blocks)
+
+
+def own_cycles(weight_side: np.ndarray, activation_side: np.ndarray, lanes: int) -> int:
+    """Cycles that all PEs work, without waiting for each other: sums of each step's slowest lane.
+
+    Operands as in `lockstep_cycles`. A PE whose lanes have nothing to do rests.
+    """
+    blocks = _row_blocks(weight_side, activation_side, lanes)
+    return sum(int(_largest_products(w, a).sum(dtype=np.int64)) for w, a in blocks)
+
+
+def _row_blocks(w: np.ndarray, a: np.ndarray, size: int):
+    for start in range(0, len(w), size):
+        yield w[start : start + size], a[start : start + size]
+
+
+def _largest_products(w: np.ndarray, a: np.ndarray) -> np.ndarray:
+    """max over rows l of w[l, i] * a[l, j], shape (i, j), in slabs that fit the cache."""
+    if (a == a[:, :1]).all():
+        return np.broadcast_to((w * a[:, :1]).max(axis=0)[:, None], (w.shape[1], a.shape[1]))
+    if (w == w[:, :1]).all():
+        return np.broadcast_to((w[:, :1] * a).max(axis=0)[None, :], (w.shape[1], a.shape[1]))
+    largest = np.zeros((w.shape[1], a.shape[1]), np.uint8)
+    for weights, activations in zip(w, a, strict=True):
+        np.maximum(largest, weights[:, None] * activations[None, :], out=largest)
+    return largest

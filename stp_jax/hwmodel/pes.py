@@ -1,0 +1,145 @@
+"""What every processing element tells the model, and the bit-parallel baseline."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from stp_jax.hwmodel.network import Network
+from stp_jax.hwmodel.numeric import check_numbers
+from stp_jax.hwmodel.technology import Technology
+
+ACCUMULATOR_BITS = 32  # what the int32 adds of the energy tables write
+ACTIVATION_BITS = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What a PE array does in each layer: real vectors over layers, all products together."""
+
+    cycles: Any  # streaming cycles of all folds, without fill and drain
+    busy: Any  # PE-cycles in which a PE holds work
+    terms: Any  # terms added, or multiplications done
+    events: dict[str, Any]  # arithmetic, by entry of the technology's energy table
+    register_bits: Any  # register bits clocked
+    encoder: str | None  # entry of the energy table, once per weight read; None: none needed
+    weight_bits: Any  # bits of one stored weight
+    budgets: Any = None  # k of each layer, for PEs that have budgets
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What a PE is asked to run; the fields are those of `evaluate`."""
+
+    network: Network
+    folding: Any
+    budgets: Any = None
+    weights: Any = None
+    activations: Mapping[str, Any] | None = None
+    smoothing: float = 0.0
+
+
+def operand_register_bits(folding: Any, weight_stream: Any, weight_store: Any) -> Any:
+    """Register bits that move operands: forwarded from PE to PE, or loaded to stay.
+
+    Args:
+      folding: of the network onto the array.
+      weight_stream: weight bits over all PEs where weights move through the array.
+      weight_store: weight bits of the layer, loaded once where weights are resident.
+    """
+    activation_stream = folding.macs * ACTIVATION_BITS
+    activation_store = folding.groups * folding.K * folding.P * ACTIVATION_BITS
+    return {
+        "is": weight_stream + activation_store,
+        "ws": activation_stream + weight_store,
+        "os": weight_stream + activation_stream,
+    }[folding.dataflow]
+
+
+class PE:
+    """A kind of processing element: how it groups the reduction, its cycles and its events."""
+
+    def reduction_steps(self, network: Network, xp: Any) -> Any:
+        """Steps along each layer's reduction, integers of shape (layers,)."""
+        raise NotImplementedError
+
+    def profile(self, work: Workload, xp: Any) -> Profile:
+        """Cycles and events of every layer; raises ValueError where operands are missing."""
+        raise NotImplementedError
+
+    def nominal_macs(self, budget: Any = None) -> Any:
+        """Multiply-accumulates a cycle at full 8-bit precision, or at a budget of terms a group."""
+        raise NotImplementedError
+
+    def area_um2(self, technology: Technology) -> Any:
+        """Area of one PE."""
+        raise NotImplementedError
+
+
+def refuse_budgets(pe: PE, work: Workload) -> None:
+    """Raises ValueError if budgets are given to a PE without them."""
+    if work.budgets is not None:
+        raise ValueError(f"{type(pe).__name__} has no budgets; leave budgets=None")
+
+
+def composed_area(technology: Technology, blocks: Mapping[str, float], register_bits: float) -> Any:
+    """Area of a datapath from its blocks, in µm². Derived.
+
+    The sum of the blocks' and registers' areas, times what synthesis adds to such a sum for the
+    bit-parallel PE (multiplier, int32 adder, two operand registers, accumulator): selection and
+    control. Dispatchers and schedulers outside the PE are left out, which favours the PE.
+    """
+    baseline = {"int8_multiply": 1.0, "int32_add": 1.0}
+    technology.require({*blocks, *baseline, "register_bit", "bit_parallel_pe"}, kind="area_um2")
+    area = technology.area_um2
+
+    def total(blocks: Mapping[str, float], bits: float) -> Any:
+        return sum(n * area[name] for name, n in blocks.items()) + bits * area["register_bit"]
+
+    overhead = area["bit_parallel_pe"] / total(baseline, 2 * ACTIVATION_BITS + ACCUMULATOR_BITS)
+    return overhead * total(blocks, register_bits)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BitParallel(PE):
+    """An integer multiply-accumulate a cycle: one multiply of ``bits`` and one int32 add."""
+
+    bits: int = dataclasses.field(default=8, metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        """Checks the width."""
+        check_numbers("BitParallel", bits=self.bits)
+
+    def reduction_steps(self, network: Network, xp: Any) -> Any:
+        """One reduction element a PE: K."""
+        return xp.asarray(network.extents("K"))
+
+    def nominal_macs(self, budget: Any = None) -> Any:
+        """One."""
+        return 1.0
+
+    def area_um2(self, technology: Technology) -> Any:
+        """Area of one multiply-accumulate PE."""
+        technology.require(["bit_parallel_pe"], kind="area_um2")
+        return technology.area_um2["bit_parallel_pe"]
+
+    def profile(self, work: Workload, xp: Any) -> Profile:
+        """Every multiply-accumulate is done, zeros included; operand and sum are registered."""
+        refuse_budgets(self, work)
+        folding = work.folding
+        macs = folding.macs
+        stored = folding.groups * folding.K * folding.M * self.bits
+        return Profile(
+            cycles=folding.folds * folding.steps,
+            busy=macs,
+            terms=macs,
+            events={f"int{self.bits}_multiply": macs, "int32_add": macs},
+            register_bits=macs * ACCUMULATOR_BITS
+            + operand_register_bits(folding, macs * self.bits, stored),
+            encoder=None,
+            weight_bits=xp.full_like(macs, float(self.bits)),
+        )

@@ -1,0 +1,137 @@
+"""What an evaluation reports, by layer and in total, and the computational saving."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+
+from stp_jax.hwmodel.network import Network
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """Vectors over the layers of ``network``: NumPy, or JAX where the evaluation was traced.
+
+    Under ``vmap`` the layers are the last axis; totals sum over that axis alone.
+
+    Attributes:
+      budgets: k, terms a group; None for PEs without budgets.
+      cycles: with stalls; integers unless a bandwidth or a budget is fractional.
+      stall_cycles: those that wait for memory.
+      utilization: fraction of PE-cycles that hold work.
+      operations: ``macs`` of the layer and ``terms`` that were really added.
+      accesses: words by memory and operand: SRAM and DRAM reads and writes, ``sram_psum_read``.
+      dram_bytes: bytes to and from DRAM.
+      energy_pj: ``array`` (shift, multiply and add: what the computational saving compares),
+        ``encoder``, ``registers`` (operands and sums inside the array), ``sram``, ``dram``.
+    """
+
+    network: Network = dataclasses.field(metadata={"static": True})
+    budgets: Any
+    cycles: Any
+    stall_cycles: Any
+    utilization: Any
+    operations: dict[str, Any]
+    accesses: dict[str, Any]
+    dram_bytes: Any
+    energy_pj: dict[str, Any]
+
+    @property
+    def total_cycles(self) -> Any:
+        """Cycles of all layers, one after the other."""
+        return self.cycles.sum(axis=-1)
+
+    @property
+    def compute_cycles(self) -> Any:
+        """Cycles without stalls."""
+        return self.cycles - self.stall_cycles
+
+    @property
+    def total_energy_pj(self) -> Any:
+        """Energy of all components and layers."""
+        return sum(energy.sum(axis=-1) for energy in self.energy_pj.values())
+
+    @property
+    def terms_per_weight(self) -> Any:
+        """Terms added per multiply-accumulate; 1 for a multiplier."""
+        return self.operations["terms"].sum(axis=-1) / self.operations["macs"].sum(axis=-1)
+
+    def rounded(self) -> Report:
+        """Concrete whole numbers as int64; energies and fractions stay real."""
+
+        def whole(x: Any) -> Any:
+            if isinstance(x, np.ndarray) and np.isfinite(x).all() and (x == np.rint(x)).all():
+                return x.astype(np.int64)
+            return x
+
+        names = ("budgets", "cycles", "stall_cycles", "operations", "accesses", "dram_bytes")
+        return dataclasses.replace(
+            self, **{name: jax.tree.map(whole, getattr(self, name)) for name in names}
+        )
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row a layer; columns carry their unit."""
+        columns = {
+            "kind": [layer.kind for layer in self.network],
+            **{name: self.network.extents(name) for name in ("K", "P", "M", "groups")},
+            **({} if self.budgets is None else {"budget": np.asarray(self.budgets)}),
+            "cycles": np.asarray(self.cycles),
+            "stall_cycles": np.asarray(self.stall_cycles),
+            "utilization": np.asarray(self.utilization),
+            **{name: np.asarray(n) for name, n in self.operations.items()},
+            **{name: np.asarray(n) for name, n in self.accesses.items()},
+            "dram_bytes": np.asarray(self.dram_bytes),
+            **{f"{name}_pj": np.asarray(n) for name, n in self.energy_pj.items()},
+        }
+        return pd.DataFrame(columns, index=pd.Index(self.network.names, name="layer"))
+
+    def table(self) -> str:
+        """The main columns as text, by layer and in total; energies in µJ."""
+        frame = self.to_pandas()
+        shown = frame[["K", "P", "M"]].astype(object)
+        if "budget" in frame:
+            shown["k"] = frame["budget"]
+            shown["terms/weight"] = (frame["terms"] / frame["macs"]).map("{:.2f}".format)
+        shown["cycles"] = frame["cycles"]
+        shown["util %"] = (100 * frame["utilization"]).map("{:.1f}".format)
+        energies = {f"{name} µJ": frame[f"{name}_pj"] * 1e-6 for name in self.energy_pj}
+        for name, energy in energies.items():
+            shown[name] = energy.map("{:.3f}".format)
+        total: dict[str, Any] = dict.fromkeys(shown.columns, "")
+        total |= {name: f"{energy.sum():.3f}" for name, energy in energies.items()}
+        busy = (frame["utilization"] * frame["cycles"]).sum() / frame["cycles"].sum()
+        total |= {"cycles": frame["cycles"].sum(), "util %": f"{100 * busy:.1f}"}
+        if "budget" in frame:
+            total["terms/weight"] = f"{self.terms_per_weight:.2f}"
+        shown = shown.astype(object)  # the total row holds blanks
+        shown.loc["total"] = total
+        return shown.to_string()
+
+
+def computational_saving(baseline: Report, ours: Report, *, encoder: bool = False) -> Any:
+    """Array energy of ``baseline`` divided by that of ``ours``: the paper's headline figure.
+
+    ``baseline`` is the int8 bit-parallel input-stationary array, ``ours`` the same network on an
+    array of the same throughput class. Memory and registers are not part of it; the encoder is
+    only with ``encoder=True``, and both figures should be reported.
+
+    Same throughput class means the same number of additions a cycle, that is of PEs: a
+    `BitParallel` PE adds one product a cycle, a `GroupPE` one term. At k = g, one term per weight,
+    both complete one multiplication a cycle, and the synthesised areas are equal within 2 % at
+    g = 8 (1014 to 1030 µm²), so that equal PEs, equal area and equal throughput at one term per
+    weight coincide. (Equal peak throughput at another budget means R*C*k/g PEs; `compare` offers
+    it.) Array energy depends on the work only, not on the number of PEs, so the ratio is the same
+    in each reading; cycles are not.
+
+    Raises:
+      ValueError: the networks differ.
+    """
+    if baseline.network.layers != ours.network.layers:
+        raise ValueError("the two reports are of different networks")
+    own = ours.energy_pj["array"] + (ours.energy_pj["encoder"] if encoder else 0.0)
+    return baseline.energy_pj["array"].sum(axis=-1) / own.sum(axis=-1)

@@ -1,0 +1,251 @@
+"""Memory images for the RTL test bench: the packed term stream, weights and activations as hex.
+
+A job is one matrix product on the input-stationary array of Huang et al. (IEEE TCAD 42(1), 2023):
+weights [M, K] times activations [P, K], reduction K on the rows (``group_size`` a row), pixels P on
+the columns, filters M in time. What does not fill a fold is padded with zero activations and empty
+slots. Every file is plain ``$readmemh`` text, one word a line, and holds the jobs one by one:
+
+=================== ============================================================================
+``jobs.hex``        eight 32-bit words a job: row folds, column folds, filters M, slots k,
+                    pixels P, then the first word of the job in weights.hex, in
+                    activations.hex and in the output buffer
+``terms.hex``       one term word a line, ordered [row fold][filter][row][slot]:
+                    {valid, sign, exponent (3 bits), index (ceil(log2 g) bits)}, valid on top;
+                    a group's terms come largest exponent first, ties by index; 8 bits for g = 8
+``weights.hex``     one group a line, ordered [row fold][filter][row]: g bytes in two's
+                    complement, weight 0 lowest
+``activations.hex`` one group a line, ordered [row fold][column fold][row][column]: g bytes
+=================== ============================================================================
+
+The output buffer holds the sums as 32-bit words ordered [pixel][filter].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+
+import numpy as np
+import numpy.typing as npt
+
+from stp_jax.terms import encode
+
+BITS = 8
+EXPONENT_BITS = 3
+_LARGEST = (1 << BITS) - 1  # the largest magnitude that `encode` takes with bits=8
+
+
+def index_bits(group_size: int) -> int:
+    """Bits that a term needs to name one of ``group_size`` activations."""
+    return (group_size - 1).bit_length()
+
+
+def term_bits(group_size: int) -> int:
+    """Bits of one packed term: valid, sign, exponent and index."""
+    return 2 + EXPONENT_BITS + index_bits(group_size)
+
+
+def folds(length: int, capacity: int) -> int:
+    """How many times an axis of the array has to be filled: ⌈length / capacity⌉."""
+    return -(-length // capacity)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """One matrix product for the array, activations [P, K] with weights [M, K].
+
+    Attributes:
+      weights: integers [M, K], already projected: at most ``budget`` NAF terms in each group of
+        consecutive weights along K. Values whose terms stay below 2**8 are allowed, so a
+        projection may round 127 up to 128.
+      activations: integers [P, K] in [-128, 127].
+      budget: slots k that every group takes, at least 1.
+
+    Raises:
+      ValueError: shapes do not match, an axis is empty, or activations or budget are out of range.
+    """
+
+    weights: npt.NDArray[np.integer]
+    activations: npt.NDArray[np.integer]
+    budget: int
+
+    def __post_init__(self) -> None:
+        """Checks shapes and ranges."""
+        for name in ("weights", "activations"):
+            array = getattr(self, name)
+            if array.ndim != 2 or 0 in array.shape:
+                raise ValueError(f"{name} must be a non-empty matrix, got shape {array.shape}")
+            if not np.issubdtype(array.dtype, np.integer):
+                raise ValueError(f"{name} must be integers, got dtype {array.dtype}")
+        if self.weights.shape[1] != self.activations.shape[1]:
+            raise ValueError(
+                "weights [M, K] and activations [P, K] must share K, got "
+                f"{self.weights.shape} and {self.activations.shape}"
+            )
+        _check_int8("activations", self.activations)
+        if self.budget < 1:
+            raise ValueError(f"budget must be at least one slot a group, got {self.budget}")
+
+
+def _check_int8(name: str, values: npt.NDArray[np.integer]) -> None:
+    if values.min() < -128 or values.max() > 127:
+        raise ValueError(f"{name} must fit int8, [-128, 127], got [{values.min()}, {values.max()}]")
+
+
+@functools.cache
+def _naf_digits() -> npt.NDArray[np.int32]:
+    """Digits [511, 9] of every value from -255 to 255."""
+    values = np.arange(-_LARGEST, _LARGEST + 1, dtype=np.int32)
+    return np.asarray(encode(values, encoding="naf", bits=BITS))
+
+
+def pack_terms(groups: npt.NDArray[np.integer], slots: int) -> npt.NDArray[np.uint32]:
+    """Packs groups of weights into term words, largest exponent first, then lowest index.
+
+    Args:
+      groups: integers [..., g].
+      slots: words for each group; unused ones are zero, which is an empty slot.
+
+    Returns:
+      uint32 words [..., slots], laid out as in the module's table.
+
+    Raises:
+      ValueError: a value needs the term 2**8 or more, or a group has more terms than slots.
+
+    >>> [f"{word:08b}" for word in pack_terms(np.array([7, 0, 0, -8, 0, 0, 0, 0]), 4)]
+    ['10011000', '11011011', '11000000', '00000000']
+    """
+    groups = np.asarray(groups)
+    if groups.size and np.abs(groups.astype(np.int64)).max() > _LARGEST:
+        raise ValueError(f"weights must be within ±{_LARGEST} to be encoded, project them to int8")
+    digits = _naf_digits()[groups + _LARGEST]
+    if np.any(digits[..., BITS:]):
+        raise ValueError(f"a weight needs the term 2**{BITS}, but exponents have 3 bits (0 to 7)")
+    group_size = groups.shape[-1]
+    # [..., g, exponent] → [..., position], position = (7 - exponent) * g + index.
+    by_position = np.swapaxes(digits[..., BITS - 1 :: -1], -1, -2).reshape(*groups.shape[:-1], -1)
+    most = int(np.max(np.count_nonzero(by_position, axis=-1), initial=0))
+    if most > slots:
+        raise ValueError(
+            f"a group has {most} terms but only {slots} slots: project it to k={slots}"
+        )
+    order = np.argsort(by_position == 0, axis=-1, kind="stable")[..., :slots]
+    digit = np.take_along_axis(by_position, order, axis=-1)
+    exponent, index = BITS - 1 - order // group_size, order % group_size
+    shift = index_bits(group_size)
+    words = (((2 + (digit < 0)) << EXPONENT_BITS | exponent) << shift) | index
+    words = np.where(digit == 0, 0, words).astype(np.uint32)
+    padding = [(0, 0)] * (groups.ndim - 1) + [(0, slots - words.shape[-1])]
+    return np.pad(words, padding)
+
+
+def _tile(matrix: npt.NDArray[np.integer], rows: int, group_size: int) -> npt.NDArray[np.integer]:
+    """Splits [N, K] along K: [row fold, row, N, g], the ragged end padded with zeros."""
+    length = rows * group_size
+    count = folds(matrix.shape[1], length)
+    padded = np.pad(matrix, [(0, 0), (0, count * length - matrix.shape[1])])
+    return padded.reshape(matrix.shape[0], count, rows, group_size).transpose(1, 2, 0, 3)
+
+
+def weight_groups(job: Job, *, rows: int, group_size: int) -> npt.NDArray[np.integer]:
+    """The job's weights in the order in which the rows fetch them: [row fold, M, rows, g]."""
+    return _tile(job.weights, rows, group_size).transpose(0, 2, 1, 3)
+
+
+def activation_groups(
+    job: Job, *, rows: int, cols: int, group_size: int
+) -> npt.NDArray[np.integer]:
+    """The job's resident activations by fold: [row fold, column fold, rows, cols, g]."""
+    tiled = _tile(job.activations, rows, group_size)
+    column_folds = folds(tiled.shape[2], cols)
+    tiled = np.pad(tiled, [(0, 0), (0, 0), (0, column_folds * cols - tiled.shape[2]), (0, 0)])
+    shape = (*tiled.shape[:2], column_folds, cols, group_size)
+    return tiled.reshape(shape).transpose(0, 2, 1, 3, 4)
+
+
+def _byte_lines(groups: npt.NDArray[np.integer]) -> list[str]:
+    """One hex line a group, element 0 in the lowest byte."""
+    raw = np.ascontiguousarray(groups.reshape(-1, groups.shape[-1])[:, ::-1], dtype=np.int8)
+    return [row.tobytes().hex() for row in raw]
+
+
+def _word_lines(words: npt.NDArray[np.uint32], bits: int) -> list[str]:
+    digits = (bits + 3) // 4
+    return [f"{word:0{digits}x}" for word in words.ravel().tolist()]
+
+
+def write_weights(path: pathlib.Path, groups: npt.NDArray[np.integer]) -> int:
+    """Writes groups [..., g] of int8 weights as ``weights.hex``; returns the number of words.
+
+    Raises:
+      ValueError: a weight does not fit int8 (as a projection's 128 does not).
+    """
+    _check_int8("stored weights", groups)
+    return _write(path, _byte_lines(groups))
+
+
+def _write(path: pathlib.Path, lines: list[str]) -> int:
+    path.write_text("\n".join(lines) + "\n")
+    return len(lines)
+
+
+def write_images(
+    directory: pathlib.Path,
+    jobs: list[Job],
+    *,
+    rows: int,
+    cols: int,
+    group_size: int,
+    encode_at_edge: bool,
+) -> dict[str, int]:
+    """Writes the images of all jobs for an array of ``rows`` × ``cols`` group PEs.
+
+    Args:
+      directory: an existing folder.
+      jobs: what to compute, in order.
+      rows: R, rows of the array.
+      cols: C, columns of the array.
+      group_size: g, activations resident in a PE.
+      encode_at_edge: False writes ``terms.hex``, True ``weights.hex`` for the encoders at the edge.
+
+    Returns:
+      The number of words in each image and in the output buffer, under the names of the test
+      bench's parameters.
+
+    Raises:
+      ValueError: as `pack_terms` and `write_weights` do.
+    """
+    headers: list[int] = []
+    terms: list[str] = []
+    weights: list[str] = []
+    activations: list[str] = []
+    group_base = output_base = 0
+    for job in jobs:
+        by_fold = weight_groups(job, rows=rows, group_size=group_size)
+        resident = activation_groups(job, rows=rows, cols=cols, group_size=group_size)
+        filters, pixels = job.weights.shape[0], job.activations.shape[0]
+        headers += [*resident.shape[:2], filters, job.budget, pixels]
+        headers += [group_base, len(activations), output_base]
+        words = pack_terms(by_fold, job.budget)  # also what refuses a group over its budget
+        if encode_at_edge:
+            _check_int8("stored weights", by_fold)
+            weights += _byte_lines(by_fold)
+        else:
+            terms += _word_lines(words, term_bits(group_size))
+        activations += _byte_lines(resident)
+        group_base += by_fold[..., 0].size
+        output_base += filters * pixels
+    _write(directory / "jobs.hex", _word_lines(np.array(headers, np.uint32), 32))
+    _write(directory / "activations.hex", activations)
+    _write(
+        directory / ("weights.hex" if encode_at_edge else "terms.hex"),
+        weights if encode_at_edge else terms,
+    )
+    return {
+        "JOBS": len(jobs),
+        "TERM_WORDS": max(len(terms), 1),
+        "WEIGHT_WORDS": max(len(weights), 1),
+        "ACTIVATION_WORDS": len(activations),
+        "OUTPUT_WORDS": output_base,
+    }

@@ -1,0 +1,235 @@
+// Test bench: runs the jobs of jobs.hex on the array, fold by fold, and measures their cycles.
+//
+// It is the controller around the array: the edge that reads the images of `stp_jax.hwmodel.rtl`
+// (their layout is in images.py), the output buffer, and the sequencing of folds. A fold ends when
+// the last element's last sum is seen to complete, never after a computed number of cycles: the
+// length of a fold is an observation. The next fold loads in the cycle that follows.
+//
+// Writes results.txt (a line a job: cycles, partial-sum reads, partial-sum writes, term slots that
+// entered the array) and outputs.hex (the output buffer).
+`timescale 1ns / 1ps
+module tb_gpe_array;
+    parameter ROWS = 2;
+    parameter COLUMNS = 2;
+    parameter GROUP = 8;
+    parameter ENCODE = 0;        // 1: rows read weights.hex through weight_edge; 0: terms.hex
+    parameter JOBS = 1;
+    parameter TERM_WORDS = 1;
+    parameter WEIGHT_WORDS = 1;
+    parameter ACTIVATION_WORDS = 1;
+    parameter OUTPUT_WORDS = 1;
+    parameter MAX_CYCLES = 1;    // give up after as many
+    localparam WIDTH = 8;
+    localparam PSUM = 32;
+    localparam INDEX = $clog2(GROUP);
+    localparam EXPONENT = $clog2(WIDTH);
+    localparam TERM = 2 + EXPONENT + INDEX;
+    localparam RESIDENT = GROUP * WIDTH;
+
+    reg [31:0]         job_words [0:8*JOBS-1];
+    reg [TERM-1:0]     term_words [0:TERM_WORDS-1];
+    reg [RESIDENT-1:0] weight_words [0:WEIGHT_WORDS-1];
+    reg [RESIDENT-1:0] activation_words [0:ACTIVATION_WORDS-1];
+    reg [PSUM-1:0]     outputs [0:OUTPUT_WORDS-1];
+
+    // The job in hand.
+    integer job = 0;
+    wire [31:0] row_folds        = job_words[8*job + 0];
+    wire [31:0] column_folds     = job_words[8*job + 1];
+    wire [31:0] filters          = job_words[8*job + 2];
+    wire [31:0] slots            = job_words[8*job + 3];
+    wire [31:0] pixels           = job_words[8*job + 4];
+    wire [31:0] group_base       = job_words[8*job + 5];
+    wire [31:0] activation_base  = job_words[8*job + 6];
+    wire [31:0] output_base      = job_words[8*job + 7];
+    reg  [31:0] term_base = 0;
+
+    // Where the controller stands. Loading counts rows, streaming counts (filter, slot) of row 0.
+    reg clock = 0, reset = 1, running = 0, loading = 1;
+    reg [31:0] load_row = 0, row_fold = 0, column_fold = 0;
+    reg [31:0] cycles = 0, total_cycles = 0, psum_reads = 0, psum_writes = 0, slots_in = 0;
+
+    // ---- Edge of the rows. Row r fetches one cycle behind row r-1, its terms appear a cycle after.
+    // The fetch of row 0 starts in the last cycle of loading.
+    wire starts = running & loading & (load_row == ROWS - 1);
+    reg  fetching = 0;                      // row 0 is past its first fetch
+    reg  [31:0] filter = 0, slot = 0;
+    wire fetch_0 = starts | fetching;
+    wire slot_ends = slot == slots - 1;
+    wire stream_ends = slot_ends & (filter == filters - 1);
+
+    reg         fetch_d  [0:ROWS];          // [r]: the fetch of row r, delayed from row 0
+    reg  [31:0] filter_d [0:ROWS];
+    reg  [31:0] slot_d   [0:ROWS];
+    wire [ROWS-1:0]          valid_in, sign_in, last_in;
+    wire [ROWS*EXPONENT-1:0] exponent_in;
+    wire [ROWS*INDEX-1:0]    index_in;
+
+    genvar r, c;
+    generate
+        for (r = 0; r < ROWS; r = r + 1) begin : row
+            wire        fetch  = r == 0 ? fetch_0 : fetch_d[r];
+            wire [31:0] filter_r = r == 0 ? filter : filter_d[r];
+            wire [31:0] slot_r   = r == 0 ? slot : slot_d[r];
+            wire [31:0] group  = (row_fold * filters + filter_r) * ROWS + r;
+            reg  shown = 0, last = 0;       // a slot is at the array's edge; it ends a group
+
+            always @(posedge clock) begin
+                shown <= fetch & ~reset;
+                last  <= fetch & ~reset & (slot_r == slots - 1);
+                fetch_d[r+1]  <= fetch & ~reset;
+                filter_d[r+1] <= filter_r;
+                slot_d[r+1]   <= slot_r;
+            end
+            assign last_in[r] = last;
+
+            if (ENCODE) begin : encoded
+                wire valid;
+                weight_edge #(.GROUP(GROUP), .WIDTH(WIDTH)) edge_of_row (
+                    .clock(clock),
+                    .reset(reset),
+                    .load(fetch & (slot_r == 0)),
+                    .weights(weight_words[group_base + group]),
+                    .valid(valid),
+                    .sign(sign_in[r]),
+                    .exponent(exponent_in[r*EXPONENT +: EXPONENT]),
+                    .index(index_in[r*INDEX +: INDEX])
+                );
+                assign valid_in[r] = valid & shown;
+            end else begin : packed_terms
+                reg [TERM-1:0] term = 0;
+                always @(posedge clock) term <= term_words[term_base + group * slots + slot_r];
+                assign valid_in[r] = term[TERM-1] & shown;
+                assign sign_in[r] = term[TERM-2];
+                assign exponent_in[r*EXPONENT +: EXPONENT] = term[INDEX +: EXPONENT];
+                assign index_in[r*INDEX +: INDEX] = term[0 +: INDEX];
+            end
+        end
+    endgenerate
+
+    // ---- Edge of the columns: activations down from the top, row ROWS-1's first; partial sums of
+    // earlier row folds in at the top, sums out at the bottom into the output buffer.
+    wire [COLUMNS*RESIDENT-1:0] activations_in;
+    wire [COLUMNS*PSUM-1:0]     psum_in, psum;
+    wire [COLUMNS-1:0]          psum_take, psum_done;
+    wire [31:0] fold = row_fold * column_folds + column_fold;
+
+    generate
+        for (c = 0; c < COLUMNS; c = c + 1) begin : column
+            wire [31:0] pixel = column_fold * COLUMNS + c;
+            wire        real_pixel = pixel < pixels;     // else the column pads a ragged fold
+            wire        earlier = real_pixel & (row_fold != 0);
+            wire [31:0] address = output_base + pixel * filters;
+            reg  [31:0] taken = 0, done = 0;             // filters of this fold
+            reg  [31:0] store_address = 0;
+            reg         store = 0;
+
+            assign activations_in[c*RESIDENT +: RESIDENT] =
+                activation_words[activation_base + (fold*ROWS + ROWS-1 - load_row)*COLUMNS + c];
+            assign psum_in[c*PSUM +: PSUM] = earlier ? outputs[address + taken] : {PSUM{1'b0}};
+
+            always @(posedge clock) begin
+                taken <= reset | loading ? 0 : taken + psum_take[c];
+                done  <= reset | loading ? 0 : done + psum_done[c];
+                store <= ~reset & psum_done[c] & real_pixel;
+                store_address <= address + done;
+                if (store) outputs[store_address] <= psum[c*PSUM +: PSUM];
+            end
+        end
+    endgenerate
+
+    gpe_array #(
+        .ROWS(ROWS), .COLUMNS(COLUMNS), .GROUP(GROUP), .WIDTH(WIDTH), .PSUM(PSUM)
+    ) array (
+        .clock(clock), .reset(reset),
+        .load(running & loading), .activations_in(activations_in),
+        .valid_in(valid_in), .sign_in(sign_in), .exponent_in(exponent_in),
+        .index_in(index_in), .last_in(last_in),
+        .psum_in(psum_in), .psum_take(psum_take), .psum_done(psum_done), .psum(psum)
+    );
+
+    // ---- Events of the last column say when a fold is over.
+    wire fold_ends = psum_done[COLUMNS-1] & (column[COLUMNS-1].done == filters - 1);
+    wire job_ends = fold_ends & (row_fold == row_folds - 1) & (column_fold == column_folds - 1);
+
+    // Events of this cycle on the real columns' partial sums.
+    integer n;
+    reg [31:0] reads_now, writes_now, slots_now;
+    always @* begin
+        reads_now = 0;
+        writes_now = 0;
+        slots_now = 0;
+        for (n = 0; n < COLUMNS; n = n + 1)
+            if (column_fold * COLUMNS + n < pixels) begin
+                reads_now = reads_now + (psum_take[n] & (row_fold != 0));
+                writes_now = writes_now + psum_done[n];
+            end
+        for (n = 0; n < ROWS; n = n + 1) slots_now = slots_now + shown_of[n];
+    end
+    wire [ROWS-1:0] shown_of;
+    generate
+        for (r = 0; r < ROWS; r = r + 1) assign shown_of[r] = row[r].shown;
+    endgenerate
+
+    integer results;
+    always @(posedge clock) if (running) begin
+        total_cycles <= total_cycles + 1;
+        if (total_cycles > MAX_CYCLES) begin
+            $display("FAIL: no end after %0d cycles, job %0d", MAX_CYCLES, job);
+            $finish;
+        end
+
+        if (fetch_0) begin
+            slot <= slot_ends ? 0 : slot + 1;
+            filter <= stream_ends ? 0 : slot_ends ? filter + 1 : filter;
+            fetching <= ~stream_ends;
+        end
+        if (loading) begin
+            load_row <= load_row + 1;
+            if (load_row == ROWS - 1) loading <= 0;
+        end
+
+        if (fold_ends) begin
+            loading <= 1;
+            load_row <= 0;
+            row_fold <= row_fold == row_folds - 1 ? 0 : row_fold + 1;
+            if (row_fold == row_folds - 1)
+                column_fold <= column_fold == column_folds - 1 ? 0 : column_fold + 1;
+        end
+        if (job_ends) begin
+            $fdisplay(results, "%0d %0d %0d %0d", cycles + 1, psum_reads + reads_now,
+                      psum_writes + writes_now, slots_in + slots_now);
+            cycles <= 0;
+            psum_reads <= 0;
+            psum_writes <= 0;
+            slots_in <= 0;
+            term_base <= term_base + row_folds * filters * ROWS * slots;
+            job <= job + 1;
+            if (job == JOBS - 1) running <= 0;
+        end else begin
+            cycles <= cycles + 1;
+            psum_reads <= psum_reads + reads_now;
+            psum_writes <= psum_writes + writes_now;
+            slots_in <= slots_in + slots_now;
+        end
+    end
+
+    always #1 clock = ~clock;
+
+    initial begin
+        $readmemh("jobs.hex", job_words);
+        if (ENCODE) $readmemh("weights.hex", weight_words);
+        else $readmemh("terms.hex", term_words);
+        $readmemh("activations.hex", activation_words);
+        results = $fopen("results.txt", "w");
+        repeat (ROWS + COLUMNS + 2) @(negedge clock);  // the reset passes through the array
+        reset = 0;
+        running = 1;
+        wait (!running);
+        @(negedge clock);
+        @(negedge clock);  // the last sums reach the buffer a cycle after they complete
+        $fclose(results);
+        $writememh("outputs.hex", outputs);
+        $finish;
+    end
+endmodule

@@ -1,0 +1,119 @@
+"""Design-space sweeps: thousands of arrays on one network in one vectorised call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from stp_jax.hwmodel.arrays import Array, Dataflow
+from stp_jax.hwmodel.evaluate import evaluate
+from stp_jax.hwmodel.group_pe import GroupPE
+from stp_jax.hwmodel.network import Network
+from stp_jax.hwmodel.pes import PE, BitParallel
+from stp_jax.hwmodel.technology import HOROWITZ_45NM, Technology
+
+ARRAY_FIELDS = (
+    "rows",
+    "cols",
+    "ifmap_sram",
+    "filter_sram",
+    "ofmap_sram",
+    "dram_bandwidth",
+    "sram_bandwidth",
+)
+_PE_FIELDS = ("group_size", "budgets")
+
+
+def sweep(
+    network: Network,
+    designs: Mapping[str, jax.typing.ArrayLike],
+    *,
+    pe: PE | None = None,
+    dataflow: Dataflow = "is",
+    technology: Technology = HOROWITZ_45NM,
+    devices: list[jax.Device] | None = None,
+) -> dict[str, np.ndarray]:
+    """Evaluates N designs of a network at once, in float32, spread over the devices.
+
+    Args:
+      network: the layers.
+      designs: by field of `Array`, or ``group_size`` and ``budgets`` for group PEs, one value a
+        design: shape (N,), ``budgets`` also (N, layers). What is left out is 32 rows, 32 columns
+        and the defaults of `Array`. Every group is taken to fill its budget.
+      pe: the kind of PE, `GroupPE` if ``budgets`` or ``group_size`` vary, else `BitParallel`.
+      dataflow: of all designs.
+      technology: energy per event.
+      devices: over which designs are sharded; all by default.
+
+    Returns:
+      ``cycles``, ``utilization`` and ``energy_pj`` by component in ``array_pj`` etc., each (N,).
+
+    Raises:
+      ValueError: an unknown field, different lengths, values that are not positive, or budgets
+        above what groups can hold.
+    """
+    values = {name: np.asarray(value) for name, value in designs.items()}
+    if pe is None:
+        pe = GroupPE() if set(values) & set(_PE_FIELDS) else BitParallel()
+    count = _check(network, values, pe)
+    devices = jax.devices() if devices is None else devices
+    spare = -count % len(devices)
+    spread = NamedSharding(Mesh(np.array(devices), ("designs",)), PartitionSpec("designs"))
+    placed = {
+        name: jax.device_put(_narrow(np.concatenate([x, x[:1].repeat(spare, axis=0)])), spread)
+        for name, x in values.items()
+    }
+    totals = _evaluator(network, dataflow, tuple(sorted(values)))(placed, pe, technology)
+    return {name: np.asarray(total)[:count] for name, total in totals.items()}
+
+
+def _narrow(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.int32 if np.issubdtype(x.dtype, np.integer) else np.float32)
+
+
+def _check(network: Network, values: Mapping[str, np.ndarray], pe: PE) -> int:
+    known = ARRAY_FIELDS + (_PE_FIELDS if isinstance(pe, GroupPE) else ())
+    unknown = sorted(set(values) - set(known))
+    if unknown or not values:
+        raise ValueError(f"cannot sweep {unknown}; choose among {', '.join(known)}")
+    count = {len(x) if x.ndim else 0 for x in values.values()}
+    if len(count) != 1 or 0 in count:
+        raise ValueError(f"every field needs one value a design, got lengths {sorted(count)}")
+    for name, x in values.items():
+        shapes = [(len(x),)] + ([(len(x), len(network))] if name == "budgets" else [])
+        if x.shape not in shapes:
+            raise ValueError(
+                f"{name} has shape {x.shape}, expected {' or '.join(map(str, shapes))}"
+            )
+        if not (x > 0).all() or (not name.endswith("bandwidth") and (x != np.floor(x)).any()):
+            raise ValueError(f"{name} must be positive whole numbers (bandwidths: positive)")
+    if isinstance(pe, GroupPE) and "budgets" in values:
+        capacity = GroupPE(group_size=1, encoding=pe.encoding, bits=pe.bits).max_budget
+        capacity = capacity * np.asarray(values.get("group_size", pe.group_size))
+        if (np.moveaxis(values["budgets"], 0, -1) > capacity).any():
+            raise ValueError("budgets exceed the terms that a group can need")
+    return count.pop()
+
+
+@functools.lru_cache(maxsize=32)
+def _evaluator(network: Network, dataflow: Dataflow, names: tuple[str, ...]) -> Callable:
+    def one(design: dict[str, Any], pe: PE, technology: Technology) -> dict[str, Any]:
+        sizes = {"rows": 32, "cols": 32} | {n: design[n] for n in ARRAY_FIELDS if n in design}
+        if isinstance(pe, GroupPE) and "group_size" in design:
+            pe = jax.tree.unflatten(jax.tree.structure(pe), [design["group_size"]])
+        array = Array(dataflow=dataflow, pe=pe, **sizes)
+        report = evaluate(network, array, budgets=design.get("budgets"), technology=technology)
+        busy = jnp.sum(report.utilization * report.cycles)
+        return {
+            "cycles": report.total_cycles,
+            "utilization": busy / report.total_cycles,
+            **{f"{name}_pj": energy.sum() for name, energy in report.energy_pj.items()},
+        }
+
+    return jax.jit(jax.vmap(one, in_axes=(0, None, None)))

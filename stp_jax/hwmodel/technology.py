@@ -1,0 +1,207 @@
+"""Technology tables: energy per event and area per block, each entry with its source.
+
+The default is 45 nm: arithmetic, SRAM and DRAM from Horowitz, "Computing's energy problem (and
+what we can do about it)", ISSCC 2014, fig. 1.1.9. A table speaks of one node; entries that had to
+be derived say so in their source.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+_SRAM_BYTES = {"sram_8kib_64b": 8 << 10, "sram_32kib_64b": 32 << 10, "sram_1mib_64b": 1 << 20}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Technology:
+    """Energy in pJ per event and area in µm² per block, at one process node.
+
+    The energies and areas are pytree leaves, so a table may be differentiated or swept.
+
+    Raises:
+      ValueError: an entry is not positive and finite, or has no source.
+    """
+
+    name: str = dataclasses.field(metadata={"static": True})
+    node_nm: float = dataclasses.field(metadata={"static": True})
+    energy_pj: dict[str, Any]
+    area_um2: dict[str, Any]
+    # Pairs of ``energy_pj.ENTRY`` or ``area_um2.ENTRY`` and where the number comes from.
+    sources: tuple[tuple[str, str], ...] = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        """Checks that every entry is positive and has a source."""
+        sourced = {entry for entry, source in self.sources if source}
+        for kind in ("energy_pj", "area_um2"):
+            for entry, value in getattr(self, kind).items():
+                name = f"{kind}.{entry}"
+                if isinstance(value, int | float) and not (value > 0 and math.isfinite(value)):
+                    raise ValueError(f"{self.name}: {name} must be positive, got {value}")
+                if name not in sourced:
+                    raise ValueError(f"{self.name}: {name} has no source")
+
+    def require(self, entries: Iterable[str], *, kind: str = "energy_pj") -> None:
+        """Raises ValueError that lists every one of ``entries`` that the table lacks."""
+        missing = sorted(set(entries) - set(getattr(self, kind)))
+        if missing:
+            raise ValueError(
+                f"technology {self.name!r} ({self.node_nm:g} nm) has no {kind} entry for "
+                f"{', '.join(missing)}; it has {', '.join(sorted(getattr(self, kind)))}"
+            )
+
+    def replace(self, *, source: str, **energies: float) -> Technology:
+        """The same table with other energies (pJ), whose source is given."""
+        self.require(energies)
+        changed = {f"energy_pj.{entry}" for entry in energies}
+        sources = tuple((e, source if e in changed else s) for e, s in self.sources)
+        return dataclasses.replace(self, energy_pj={**self.energy_pj, **energies}, sources=sources)
+
+    def sram_pj_per_byte(self, capacity: Any, xp: Any = np) -> Any:
+        """Energy of one byte at an SRAM of ``capacity`` bytes, shape of ``capacity``.
+
+        Derived: linear in log-log between the table's capacities (a power law), held constant
+        below the smallest and continued with the last segment's exponent above the largest.
+        """
+        self.require(_SRAM_BYTES)
+        sizes = [math.log(size) for size in _SRAM_BYTES.values()]
+        energy = [xp.log(xp.asarray(self.energy_pj[entry] * 1.0)) for entry in _SRAM_BYTES]
+        slopes = [
+            (energy[i + 1] - energy[i]) / (sizes[i + 1] - sizes[i]) for i in range(len(sizes) - 1)
+        ]
+        x = xp.log(xp.asarray(capacity * 1.0))
+        low = energy[0] + slopes[0] * xp.maximum(x - sizes[0], 0.0)
+        high = energy[1] + slopes[1] * (x - sizes[1])
+        return xp.exp(xp.where(x < sizes[1], low, high)) / 8.0
+
+
+_HOROWITZ = "Horowitz, ISSCC 2014, 45 nm 0.9 V"
+_HOROWITZ_TABLE = f"{_HOROWITZ}; as tabulated by Sze et al., Proc. IEEE 105(12), 2017"
+_SHIFTADD = "You et al., ShiftAddNet, NeurIPS 2020, table 1, 45 nm"
+_REGISTER = (
+    "derived: 0.0090 pJ per bit and clock in Aladdin's 40 nm table (Shao et al., ISCA 2014, public "
+    "release), times 45/40 for capacitance at equal voltage"
+)
+_ENCODER = (
+    "derived: synthesised area at the energy density of Horowitz's 8-bit adder (0.03 pJ, 36 µm²)"
+)
+_HESE = "assumed: that of the NAF encoder, whose digits the published rule gives"
+_DALLY = "Dally, tutorial High-Performance Hardware for Machine Learning, NIPS 2015: 45 nm"
+_SHIFTER = "derived: 36 two-input multiplexers MUX2_X1 (1.862 µm²) of Nangate's 45 nm library"
+_SYNTHESIS = "synthesis to the Nangate 45 nm Open Cell Library, area only"
+
+_ENERGY_45NM: dict[str, tuple[float, str]] = {
+    "int8_add": (0.03, _HOROWITZ),
+    "int16_add": (0.05, _HOROWITZ_TABLE),
+    "int32_add": (0.1, _HOROWITZ),
+    "int8_multiply": (0.2, _HOROWITZ),
+    "int32_multiply": (3.1, _HOROWITZ),
+    "int8_shift": (0.024, _SHIFTADD),
+    "register_bit": (0.0101, _REGISTER),
+    "encode_naf": (0.03 * 29.8 / 36, _ENCODER),
+    "encode_hese": (0.03 * 29.8 / 36, _HESE),
+    "encode_booth2": (0.03 * 19.7 / 36, _ENCODER),
+    "encode_booth4": (0.03 * 20.5 / 36, _ENCODER),
+    "sram_8kib_64b": (10.0, _HOROWITZ),
+    "sram_32kib_64b": (20.0, _HOROWITZ),
+    "sram_1mib_64b": (100.0, _HOROWITZ),
+    "dram_64b": (1300.0, f"{_HOROWITZ}: 1.3 to 2.6 nJ, the lower end"),
+}
+_AREA_45NM: dict[str, tuple[float, str]] = {
+    "bit_parallel_pe": (1030.0, _SYNTHESIS),
+    "term_lane": (462.0, _SYNTHESIS),
+    "group_pe_8": (1014.0, f"{_SYNTHESIS}; 8 resident activations"),
+    "int8_add": (36.0, _DALLY),
+    "int16_add": (67.0, _DALLY),
+    "int32_add": (137.0, _DALLY),
+    "int8_multiply": (282.0, _DALLY),
+    "int8_shift": (67.0, _SHIFTER),
+    "register_bit": (4.522, "flip-flop DFF_X1 of the Nangate 45 nm Open Cell Library"),
+    "encode_naf": (29.8, _SYNTHESIS),
+    "encode_hese": (29.8, _HESE),
+    "encode_booth2": (19.7, _SYNTHESIS),
+    "encode_booth4": (20.5, _SYNTHESIS),
+}
+
+HOROWITZ_45NM = Technology(
+    name="45 nm",
+    node_nm=45.0,
+    energy_pj={entry: value for entry, (value, _) in _ENERGY_45NM.items()},
+    area_um2={entry: value for entry, (value, _) in _AREA_45NM.items()},
+    sources=tuple(
+        (f"{kind}.{entry}", source)
+        for kind, table in (("energy_pj", _ENERGY_45NM), ("area_um2", _AREA_45NM))
+        for entry, (_, source) in table.items()
+    ),
+)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def read_technology(path: str | Path) -> Technology:
+    """Reads a table from JSON or TOML.
+
+    The file has ``name``, ``node_nm`` and two tables, ``energy_pj`` and ``area_um2`` (may be
+    absent), of entries ``{value, source, node_nm}``; an entry's own ``node_nm`` may be left out.
+
+    Raises:
+      ValueError: unknown suffix, missing keys, values or sources, or an entry of another node.
+    """
+    path = Path(path)
+    parsers = {".json": json.loads, ".toml": tomllib.loads}
+    if path.suffix not in parsers:
+        raise ValueError(f"{path}: expected a .json or .toml file")
+    try:
+        content = parsers[path.suffix](path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no {path.suffix[1:].upper()}: {error}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: expected a table at the top, got {type(content).__name__}")
+    absent = [key for key in ("name", "node_nm", "energy_pj") if key not in content]
+    if absent:
+        raise ValueError(f"{path}: lacks {', '.join(absent)}")
+    node = content["node_nm"]
+    tables: dict[str, Mapping] = {kind: content.get(kind, {}) for kind in ("energy_pj", "area_um2")}
+    if not _is_number(node) or not node > 0:
+        raise ValueError(f"{path}: node_nm must be a number of nanometres, got {node!r}")
+    for kind, entries in tables.items():
+        if not isinstance(entries, Mapping):
+            raise ValueError(f"{path}: {kind} must be a table of entries, got {entries!r}")
+        for name, entry in entries.items():
+            if not isinstance(entry, Mapping) or not {"value", "source"} <= set(entry):
+                raise ValueError(f"{path}: {name} needs a value and a source")
+            if not _is_number(entry["value"]):
+                raise ValueError(
+                    f"{path}: the value of {name} must be a number, got {entry['value']!r}"
+                )
+            if not 0 <= entry["value"] < math.inf:
+                raise ValueError(
+                    f"{path}: the value of {name} must be 0 or more, got {entry['value']}"
+                )
+            if entry.get("node_nm", node) != node:
+                raise ValueError(
+                    f"{path}: {name} is at {entry['node_nm']} nm in a {node:g} nm table; "
+                    "energies of different nodes must not be mixed"
+                )
+    return Technology(
+        name=content["name"],
+        node_nm=float(node),
+        energy_pj={name: float(entry["value"]) for name, entry in tables["energy_pj"].items()},
+        area_um2={name: float(entry["value"]) for name, entry in tables["area_um2"].items()},
+        sources=tuple(
+            (f"{kind}.{name}", str(entry["source"]))
+            for kind, table in tables.items()
+            for name, entry in table.items()
+        ),
+    )

@@ -1,0 +1,117 @@
+"""How much each layer's budget matters to the loss, for `stp_jax.terms.allocate_budgets`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from stp_jax.integration.nnx import QuantizedLayer, quantized_layers
+from stp_jax.terms.projection import error_curve
+from stp_jax.terms.quantizers import merge_axes
+
+
+def squared_gradients(
+    model: nnx.Module, loss: Callable[[Any, Any], jax.Array], batches: Iterable[Any]
+) -> dict[str, jax.Array]:
+    """The mean squared gradient of each quantized kernel: a diagonal curvature, empirical Fisher.
+
+    To second order the loss rises by half the curvature times the squared change of a weight, and
+    near a minimum the expected squared gradient stands for the curvature (as in Optimal Brain
+    Damage and its successors; LeCun et al., NeurIPS 1989).
+
+    Args:
+      model: an STP model; it is not changed.
+      loss: (model, batch) → scalar.
+      batches: what ``loss`` takes; gradients are squared batch by batch.
+
+    Returns:
+      Layer path → float32 array of the kernel's shape.
+
+    Raises:
+      ValueError: there is no batch.
+    """
+    graphdef, params, rest = nnx.split(nnx.clone(model), nnx.Param, ...)  # type: ignore[misc]
+
+    @jax.jit
+    def squares(params: nnx.State, batch: Any) -> dict[str, jax.Array]:
+        def value(params: nnx.State) -> jax.Array:
+            return loss(nnx.merge(graphdef, params, rest, copy=True), batch)
+
+        grads = nnx.merge(graphdef, jax.grad(value)(params), rest, copy=True)
+        return {path: layer.kernel**2 for path, layer in quantized_layers(grads).items()}
+
+    total, count = None, 0
+    for batch in batches:
+        value = squares(params, batch)
+        total = value if total is None else jax.tree.map(jnp.add, total, value)
+        count += 1
+    if total is None:
+        raise ValueError("sensitivity needs at least one batch")
+    return {path: value / count for path, value in total.items()}
+
+
+def _single_layers(model: nnx.Module) -> dict[str, QuantizedLayer]:
+    layers = quantized_layers(model)
+    for path, quantized in layers.items():
+        if quantized.quantizer.budget[...].ndim:
+            raise ValueError(f"layer {path!r} is a stack of layers, which share no one budget")
+    return layers
+
+
+def group_counts(model: nnx.Module) -> dict[str, int]:
+    """The number of groups of each quantized kernel: the terms that one more of budget costs.
+
+    Raises:
+      ValueError: layers are stacked.
+    """
+    counts = {}
+    for path, quantized in _single_layers(model).items():
+        shape, axis = merge_axes(quantized.kernel.shape, quantized.quantizer.axes.groups)
+        along = -(-shape[axis] // quantized.quantizer.rule.group_size)
+        counts[path] = along * int(np.prod(shape)) // shape[axis]
+    return counts
+
+
+def error_curves(
+    model: nnx.Module, *, importance: Mapping[str, jax.Array] | None = None
+) -> dict[str, np.ndarray]:
+    """The weighted squared error of each quantized kernel at every budget.
+
+    Args:
+      model: an STP model whose rules use the NAF and optimal projection.
+      importance: layer path → weights of the squared errors, of the kernel's shape (see
+        `squared_gradients`); all ones by default.
+
+    Returns:
+      Layer path → float array ``[max_budget + 1]``, in squared weights times importance.
+
+    Raises:
+      ValueError: a rule uses another encoding or method, whose curves need not be convex, or
+        layers are stacked.
+    """
+    curves = {}
+    for path, quantized in _single_layers(model).items():
+        quantizer, kernel = quantized.quantizer, quantized.kernel
+        rule = quantizer.rule
+        if rule.encoding != "naf" or rule.method != "optimal":
+            raise ValueError(f"layer {path!r}: error curves are for encoding naf, method optimal")
+        shape, axis = merge_axes(kernel.shape, quantizer.axes.groups)
+        scale = quantizer.kernel_scale(kernel)
+        weights = jnp.broadcast_to(scale**2, kernel.shape)
+        if importance is not None:
+            weights = weights * importance[path]
+        curve = error_curve(
+            (kernel.astype(jnp.float32) / scale).reshape(shape),
+            group_size=rule.group_size,
+            axis=axis,
+            bits=rule.bits,
+            limit=rule.format.largest,
+            importance=weights.reshape(shape),
+        )
+        curves[path] = np.asarray(curve)
+    return curves

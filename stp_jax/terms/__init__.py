@@ -1,0 +1,32 @@
+"""Power-of-two terms: encodings, few-term values, group budgets, quantizers."""
+
+from stp_jax.terms.activations import limit_terms as limit_terms
+from stp_jax.terms.activations import quantize_activations as quantize_activations
+from stp_jax.terms.budgets import allocate_budgets as allocate_budgets
+from stp_jax.terms.codebook import few_term_values as few_term_values
+from stp_jax.terms.compensation import project_compensated as project_compensated
+from stp_jax.terms.encodings import ENCODINGS as ENCODINGS
+from stp_jax.terms.encodings import Encoding as Encoding
+from stp_jax.terms.encodings import count as count
+from stp_jax.terms.encodings import decode as decode
+from stp_jax.terms.encodings import digit_planes as digit_planes
+from stp_jax.terms.encodings import encode as encode
+from stp_jax.terms.encodings import max_terms as max_terms
+from stp_jax.terms.encodings import num_digits as num_digits
+from stp_jax.terms.guidance import budget_schedule as budget_schedule
+from stp_jax.terms.guidance import guide as guide
+from stp_jax.terms.packing import PackedTerms as PackedTerms
+from stp_jax.terms.packing import pack as pack
+from stp_jax.terms.packing import packed_dot as packed_dot
+from stp_jax.terms.packing import stream_lower_bound as stream_lower_bound
+from stp_jax.terms.packing import unpack as unpack
+from stp_jax.terms.projection import METHODS as METHODS
+from stp_jax.terms.projection import Method as Method
+from stp_jax.terms.projection import error_curve as error_curve
+from stp_jax.terms.projection import max_budget as max_budget
+from stp_jax.terms.projection import project as project
+from stp_jax.terms.quantizers import WeightFormat as WeightFormat
+from stp_jax.terms.quantizers import max_scale as max_scale
+from stp_jax.terms.quantizers import project_scaled as project_scaled
+from stp_jax.terms.quantizers import quantize_weights as quantize_weights
+from stp_jax.terms.quantizers import search_scale as search_scale

@@ -1,0 +1,165 @@
+"""Activations: integers at run time, if asked with at most s power-of-two terms each.
+
+The data side of term revealing (Kung, McDanel and Zhang, SC20, sec. III): weights share a budget
+per group, which is known before the run, while each activation is cut to s terms as it arrives, so
+that a pair-serial PE spends at most k * s cycles on a group. ``greedy`` is their rule, the s
+largest terms of the encoded integer; ``optimal`` is the nearest value of at most s terms.
+
+Both start from the rounded integer, since that is what the hardware sees. Their values may reach
+``2**(bits - 1)``, one beyond the integers: a term on its way to a PE is not stored as an integer.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from stp_jax.terms.codebook import few_term_values
+from stp_jax.terms.encodings import Encoding, check_encoding, digit_planes, max_terms
+from stp_jax.terms.projection import METHODS, Method, nearest_power, nearest_values
+from stp_jax.terms.quantizers import check_scale, scale_cotangent
+
+
+def check_activation_terms(terms: int | None) -> None:
+    """Raises ValueError unless terms is None or a positive integer."""
+    if terms is not None and (not isinstance(terms, int) or terms < 1):
+        raise ValueError(f"terms of an activation must be None or a positive integer, got {terms}")
+
+
+def _largest_terms(q: jax.Array, terms: int, encoding: Encoding, bits: int) -> jax.Array:
+    plus, minus = digit_planes(q.astype(jnp.int32), encoding, bits)
+    kept = plus | minus
+    for _ in range(terms, max_terms(encoding, bits)):
+        over = jax.lax.population_count(kept) > terms
+        kept = jnp.where(over, kept & (kept - 1), kept)  # without its lowest term
+    return ((plus & kept) - (minus & kept)).astype(jnp.float32)
+
+
+def _nearest_few_terms(q: jax.Array, terms: int, encoding: Encoding, bits: int) -> jax.Array:
+    if encoding != "naf":
+        return nearest_values(q, few_term_values(terms, encoding, bits))
+    residual = q  # pursued term by term, which is exact for the NAF: see `projection`
+    for _ in range(terms):
+        term = nearest_power(jnp.abs(residual), 2.0 ** (bits - 1))
+        residual = jnp.where(residual < 0, residual + term, residual - term)
+    return q - residual
+
+
+def limit_terms(
+    q: jax.typing.ArrayLike,
+    terms: int | None,
+    *,
+    method: Method = "optimal",
+    encoding: Encoding = "naf",
+    bits: int = 8,
+) -> jax.Array:
+    """Cuts every integer to at most ``terms`` terms, on its own.
+
+    Args:
+      q: integers of any shape, int or float, of magnitude up to ``2**(bits - 1)``.
+      terms: s, 1 or more; None keeps all.
+      method: ``optimal``, the nearest value of at most s terms, or ``greedy``, the s largest terms
+        (term revealing, SC20).
+      encoding: how terms are counted.
+      bits: width of the integers.
+
+    Returns:
+      float32 of the shape of q, holding integers of magnitude up to ``2**(bits - 1)``.
+
+    Raises:
+      ValueError: an argument is out of range.
+
+    >>> limit_terms([127, -11, 3], 2).tolist(), limit_terms([127, -11, 3], 1).tolist()
+    ([127.0, -12.0, 3.0], [128.0, -8.0, 4.0])
+    """
+    check_encoding(encoding, bits)
+    check_activation_terms(terms)
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    q = jnp.asarray(q, jnp.float32)
+    if terms is None or terms >= max_terms(encoding, bits):
+        return q
+    cut = _largest_terms if method == "greedy" else _nearest_few_terms
+    return cut(q, terms, encoding, bits)
+
+
+def activation_integers(
+    x: jax.Array,
+    scale: jax.Array,
+    *,
+    bits: int = 8,
+    terms: int | None = None,
+    method: Method = "optimal",
+    encoding: Encoding = "naf",
+) -> jax.Array:
+    """The integers of quantized activations: x over scale, rounded, clipped, cut to its terms.
+
+    Args:
+      x: float activations of any shape; computed in float32.
+      scale: positive float, broadcastable to x with the same number of axes.
+      bits: width of the integers, 2 or more; rounding stops at ``±(2**(bits - 1) - 1)``.
+      terms, method, encoding: as for `limit_terms`.
+
+    Returns:
+      float32 of the shape of x.
+    """
+    largest = (1 << (bits - 1)) - 1
+    q = jnp.clip(jnp.round(x.astype(jnp.float32) / scale), -largest, largest)
+    return limit_terms(q, terms, method=method, encoding=encoding, bits=bits)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _quantize(x, scale, bits, terms, method, encoding):
+    q = activation_integers(x, scale, bits=bits, terms=terms, method=method, encoding=encoding)
+    return scale * q
+
+
+def _quantize_fwd(x, scale, *static):
+    quantized = _quantize(x, scale, *static)
+    return quantized, (x, scale, quantized)  # kept for the layer's own gradient anyway
+
+
+def _quantize_bwd(bits, terms, method, encoding, residuals, g):
+    x, scale, quantized = residuals
+    largest = (1 << (bits - 1)) - 1
+    u, v = x / scale, jnp.round(quantized / scale)
+    inside = jnp.abs(u) <= largest
+    return jnp.where(inside, g, jnp.float32(0)), scale_cotangent(g, u, v, largest, scale)
+
+
+_quantize.defvjp(_quantize_fwd, _quantize_bwd)
+
+
+def quantize_activations(
+    x: jax.Array,
+    scale: jax.Array,
+    *,
+    bits: int = 8,
+    terms: int | None = None,
+    method: Method = "optimal",
+    encoding: Encoding = "naf",
+) -> jax.Array:
+    """Activations on a symmetric integer grid, ``scale * round(x / scale)``; differentiable.
+
+    The gradient rule is that of `stp_jax.terms.quantizers`, with or without a limit of terms.
+
+    Args:
+      x: float activations of any shape; computed in float32.
+      scale: positive float, as many axes as x, each 1 or equal.
+      bits: width of the integers, 2 or more; they reach ``±(2**(bits - 1) - 1)``.
+      terms: the most terms of an integer (s of term revealing); None keeps all.
+      method, encoding: how integers are cut to their terms; see `limit_terms`.
+
+    Returns:
+      The shape and dtype of x.
+
+    Raises:
+      ValueError: scale does not fit x, or another argument is out of range.
+    """
+    check_scale(x, scale)
+    if bits < 2:
+        raise ValueError(f"bits must be 2 or more to hold a sign, got {bits}")
+    scale = scale.astype(jnp.float32)
+    return _quantize(x.astype(jnp.float32), scale, bits, terms, method, encoding).astype(x.dtype)

@@ -1,0 +1,270 @@
+"""Differentiable quantizers: integer grids and few-term values behind straight-through gradients.
+
+Both quantizers return ``scale * v`` with v integers, and share one gradient rule. With
+``u = x / scale`` and Q the largest integer (127 for 8 bits), v is a constant of u almost
+everywhere, and the rule replaces its derivative (the straight-through estimator):
+
+* to the input: the cotangent where ``|u| <= Q``, zero outside;
+* to the scale, as in LSQ (Esser et al., "Learned Step Size Quantization", ICLR 2020):
+  the cotangent times ``v - u`` where ``|u| <= Q`` and times v outside, summed over the elements
+  that share the scale and divided by ``sqrt(N Q)``, N being their number.
+
+For weights, v is the group-budget projection of u (`project`); for activations it is u rounded.
+The rule is the same, since at a fixed choice of terms the projection is as constant as rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from stp_jax.terms.encodings import Encoding, check_encoding
+from stp_jax.terms.projection import (
+    METHODS,
+    Method,
+    broadcasts_to,
+    check_budget,
+    check_group_size,
+    max_budget,
+    project,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightFormat:
+    """What a quantized weight tensor may hold; all of it static.
+
+    Raises:
+      ValueError: an attribute is out of range.
+    """
+
+    group_size: int = 8  # weights that share a term budget
+    encoding: Encoding = "naf"  # how terms are counted
+    method: Method = "optimal"  # how a group is projected
+    bits: int = 8  # width of the integers before the projection
+
+    def __post_init__(self) -> None:  # noqa: D105
+        check_encoding(self.encoding, self.bits)
+        if self.bits < 2:
+            raise ValueError(f"bits must be 2 or more to hold a sign, got {self.bits}")
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method {self.method!r}; choose one of {', '.join(METHODS)}")
+        check_group_size(self.group_size)
+
+    @property
+    def largest(self) -> int:
+        """Q, the largest magnitude: symmetric, so that weights fit a signed integer of `bits`."""
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def max_budget(self) -> int:
+        """Terms per group at which nothing is pruned."""
+        return max_budget(self.group_size, self.encoding, self.bits)
+
+    def check_budget(self, budget: object) -> None:
+        """Raises unless budget is an integer in [0, max_budget] or traced."""
+        check_budget(budget, self.group_size, self.encoding, self.bits)
+
+
+def merge_axes(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """The shape with the adjacent axes merged into one, and where that one is."""
+    axes = tuple(sorted(a % len(shape) for a in axes))
+    if not axes or axes != tuple(range(axes[0], axes[-1] + 1)):
+        raise ValueError(f"group axes must be adjacent and at least one, got {axes}")
+    first, last = axes[0], axes[-1] + 1
+    return (*shape[:first], math.prod(shape[first:last]), *shape[last:]), first
+
+
+def _integers(u: jax.Array, budget: jax.Array, axes: tuple[int, ...], fmt: WeightFormat):
+    """The integers nearest to u that fit the budget, float32."""
+    shape, axis = merge_axes(u.shape, axes)
+    v = project(
+        u.reshape(shape),
+        group_size=fmt.group_size,
+        budget=budget,
+        axis=axis,
+        method=fmt.method,
+        encoding=fmt.encoding,
+        bits=fmt.bits,
+        limit=fmt.largest,
+    )
+    return v.reshape(u.shape).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _project_scaled(w, scale, budget, axes, fmt):
+    return _integers(w.astype(jnp.float32) / scale, budget, axes, fmt).astype(jnp.int32)
+
+
+def project_scaled(
+    w: jax.Array,
+    scale: jax.Array,
+    budget: jax.typing.ArrayLike,
+    *,
+    axes: tuple[int, ...],
+    fmt: WeightFormat,
+) -> jax.Array:
+    """The integers v of quantized weights: ``scale * v`` is nearest to w within the budget.
+
+    Args:
+      w: float weights, any shape.
+      scale: positive, broadcastable to w with the same number of axes.
+      budget: terms per group, integer; may be traced.
+      axes: the adjacent axes along which groups lie, flattened in order.
+      fmt: the weight format.
+
+    Returns:
+      int32 of the shape of w.
+
+    Raises:
+      ValueError: a budget outside [0, fmt.max_budget], or axes that are not adjacent.
+    """
+    fmt.check_budget(budget)
+    return _project_scaled(w, scale, jnp.asarray(budget, jnp.int32), axes, fmt)
+
+
+def scale_cotangent(
+    g: jax.Array, u: jax.Array, v: jax.Array, largest: int, scale: jax.Array
+) -> jax.Array:
+    """The cotangent of the scale for the cotangent g of ``scale * v``; the module's rule."""
+    shared = tuple(a for a in range(u.ndim) if scale.shape[a] == 1)
+    number = math.prod(u.shape[a] for a in shared)
+    local = jnp.where(jnp.abs(u) <= largest, v - u, v) / math.sqrt(number * largest)
+    return jnp.sum(g * local, axis=shared, keepdims=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _quantize_weights(w, scale, budget, axes, fmt):
+    return scale * _integers(w / scale, budget, axes, fmt)
+
+
+def _quantize_weights_fwd(w, scale, budget, axes, fmt):
+    q = _quantize_weights(w, scale, budget, axes, fmt)
+    return q, (w, scale, q)  # q is kept for the layer's own gradient anyway
+
+
+def _quantize_weights_bwd(axes, fmt, residuals, g):
+    w, scale, q = residuals
+    u, v = w / scale, jnp.round(q / scale)
+    inside = jnp.abs(u) <= fmt.largest
+    to_scale = scale_cotangent(g, u, v, fmt.largest, scale)
+    return jnp.where(inside, g, jnp.float32(0)), to_scale, None
+
+
+_quantize_weights.defvjp(_quantize_weights_fwd, _quantize_weights_bwd)
+
+
+def check_scale(x: jax.Array, scale: jax.Array) -> None:
+    """Raises ValueError unless scale has the axes of x, each 1 or equal."""
+    if scale.ndim != x.ndim or not broadcasts_to(scale.shape, x.shape):
+        raise ValueError(
+            f"scale of shape {scale.shape} must have the axes of {x.shape}, each 1 or equal"
+        )
+
+
+def quantize_weights(
+    w: jax.Array,
+    scale: jax.Array,
+    budget: jax.typing.ArrayLike,
+    *,
+    axes: tuple[int, ...],
+    fmt: WeightFormat = WeightFormat(),
+) -> jax.Array:
+    """Weights as ``scale * v``, each group of v within its term budget; differentiable.
+
+    The gradient rule stands in the module's docstring. At ``budget == fmt.max_budget`` this is
+    plain uniform quantization, and with ``group_size=1`` the budget is a per-weight term cap.
+
+    Args:
+      w: float weights of any shape; computed in float32.
+      scale: positive float, as many axes as w, each 1 or equal.
+      budget: terms per group, an integer in [0, fmt.max_budget]; may be traced.
+      axes: the adjacent axes along which groups lie (the reduction axis), flattened in order.
+      fmt: group size, encoding, method and width.
+
+    Returns:
+      The shape and dtype of w.
+
+    Raises:
+      ValueError: scale or axes do not fit w, or the budget is out of range.
+    """
+    check_scale(w, scale)
+    fmt.check_budget(budget)
+    budget = jnp.asarray(budget, jnp.int32)
+    q = _quantize_weights(w.astype(jnp.float32), scale.astype(jnp.float32), budget, axes, fmt)
+    return q.astype(w.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "bits"))
+def max_scale(w: jax.Array, *, axes: tuple[int, ...], bits: int = 8) -> jax.Array:
+    """The scale at which the largest magnitude over axes becomes the largest integer.
+
+    Args:
+      w: weights or activations.
+      axes: the axes that share a scale.
+      bits: width of the integers.
+
+    Returns:
+      float32 with the axes of w, those in ``axes`` of size 1; 1 where all of w is 0.
+    """
+    largest = (1 << (bits - 1)) - 1
+    peak = jnp.max(jnp.abs(w.astype(jnp.float32)), axis=axes, keepdims=True)
+    return jnp.where(peak > 0, peak / largest, jnp.float32(1))
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _search_scale(w, budget, importance, ratios, axes, scale_axes, fmt):
+    w = w.astype(jnp.float32)
+    largest = max_scale(w, axes=scale_axes, bits=fmt.bits)
+
+    def try_ratio(ratio: jax.Array) -> jax.Array:
+        scale = largest * ratio
+        error = (scale * _integers(w / scale, budget, axes, fmt) - w) ** 2
+        if importance is not None:
+            error = error * jnp.broadcast_to(importance, w.shape)
+        return jnp.sum(error, axis=scale_axes, keepdims=True)
+
+    errors = jax.lax.map(try_ratio, ratios)
+    return largest * ratios[jnp.argmin(errors, axis=0)]
+
+
+def search_scale(
+    w: jax.Array,
+    budget: jax.typing.ArrayLike,
+    *,
+    axes: tuple[int, ...],
+    scale_axes: tuple[int, ...],
+    fmt: WeightFormat = WeightFormat(),
+    importance: jax.Array | None = None,
+    candidates: int = 24,
+    lowest: float = 0.4,
+) -> jax.Array:
+    """The scale per channel at which the projected weights lie nearest to w.
+
+    Tries ``candidates`` multiples from ``lowest`` to 1.15 of `max_scale` and keeps, per channel,
+    the one of least squared error at the budget. With few terms the best grid is not the one that
+    just reaches the largest weight, since few values near the top of the range are left.
+
+    Args:
+      w: float weights.
+      budget: terms per group; may be traced.
+      axes: the adjacent axes along which groups lie.
+      scale_axes: the axes that share a scale (all but the output channels).
+      fmt: the weight format.
+      importance: non-negative weights of the squared errors, broadcastable to w.
+      candidates: how many scales to try, 1 or more.
+      lowest: the smallest multiple.
+
+    Returns:
+      float32, shaped as by `max_scale`.
+    """
+    if candidates < 1:
+        raise ValueError(f"candidates must be 1 or more, got {candidates}")
+    fmt.check_budget(budget)
+    ratios = jnp.linspace(lowest, 1.15, candidates, dtype=jnp.float32)
+    budget = jnp.asarray(budget, jnp.int32)
+    return _search_scale(w, budget, importance, ratios, axes, scale_axes, fmt)

@@ -1,0 +1,106 @@
+"""What the pages generate from the code: published numbers, and nothing left out."""
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import experiments
+import stp_jax
+from experiments.config import Config
+from stp_jax import hwmodel
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_encodings_have_their_published_costs(hooks):
+    costs = hooks.encoding_costs()
+    means = {name: cost["uint8"] for name, cost in costs.items()}
+    assert means == {"binary": 4.0, "booth4": 3.5, "naf": 3.109375, "hese": 3.25}
+    assert {name: cost["most"] for name, cost in costs.items()} == {
+        "binary": 7,
+        "booth4": 4,
+        "naf": 4,
+        "hese": 5,
+    }
+    # Synthesis to the Nangate 45 nm library, µm².
+    assert (costs["naf"]["area"], costs["booth4"]["area"]) == (29.8, 20.5)
+
+
+def test_gaussian_weights_are_a_distribution_with_their_variance(hooks):
+    p, values = hooks.gaussian_weights(20.0), np.arange(-127, 128)
+    assert p.sum() == pytest.approx(1.0)
+    assert p @ values == pytest.approx(0.0, abs=1e-9)
+    # Rounding adds the variance of a uniform step, 1/12; nothing is clipped at six deviations.
+    assert p @ values**2 == pytest.approx(20.0**2 + 1 / 12, rel=1e-6)
+
+
+def test_what_the_encodings_page_says_of_break_even(hooks):
+    pj = hwmodel.HOROWITZ_45NM.energy_pj
+    even = (pj["int8_multiply"] + pj["int32_add"]) / (pj["int8_shift"] + pj["int32_add"])
+    costs = hooks.encoding_costs()
+    assert all(cost["int8"] > even for cost in costs.values())
+    assert {n for n, cost in costs.items() if cost["gaussian"] < even} == {"naf", "hese"}
+    assert all(cost["gaussian"] > 0.9 * even for cost in costs.values())
+
+
+def test_every_configuration_key_is_listed_once(hooks):
+    sections = hooks.config_sections(Config)
+    listed = [key.name for keys in sections.values() for key in keys]
+    assert listed == [field.name for field in dataclasses.fields(Config)]
+    assert all(sections)  # each under a heading
+    remarks = {key.name: key.remark for keys in sections.values() for key in keys}
+    assert "None" in remarks["budget"] and "\n" not in "".join(remarks.values())
+
+
+def test_every_mark_generates_something(hooks):
+    for page in DOCS.rglob("*.md"):
+        generated = hooks.generate(page.read_text())
+        assert "generate:" not in generated
+        assert not re.search(r"^(\| ---)+ \|\n(?!\|)", generated, re.MULTILINE), page  # no rows
+
+
+def packages():
+    """Packages of stp_jax that offer names, by their ``__init__``."""
+    found = ["stp_jax"]
+    for module in pkgutil.walk_packages(stp_jax.__path__, "stp_jax."):
+        if module.ispkg:
+            source = Path(importlib.import_module(module.name).__file__).read_text()
+            found += [module.name] if "import" in source else []
+    return found
+
+
+@pytest.mark.parametrize("package", packages())
+def test_every_public_name_has_a_reference_entry(hooks, package):
+    pages = "".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    assert f"generate: api {package} -->" in pages
+    module = importlib.import_module(package)
+    public = {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not inspect.ismodule(value) and name != "annotations"
+    }
+    assert set(hooks.public_names(package)) == public
+
+
+def test_the_page_on_adding_an_encoding_speaks_of_the_present_file():
+    (diff,) = re.findall(r"```diff\n(.*?)```", (DOCS / "extending.md").read_text(), re.DOTALL)
+    path = re.search(r"^--- a/(.*)$", diff, re.MULTILINE)[1]
+    source = (DOCS.parent / path).read_text()
+    body = diff.partition("@@")[2].splitlines()
+    removed = [line[1:] for line in body if line.startswith(("-", " "))]
+    assert removed and all(line in source for line in removed)
+
+
+def test_the_work_folder_holds_what_the_page_says():
+    page = (DOCS / "experiments.md").read_text()
+    _, table, _ = re.split(r"## The work folder|\*\*Resume", page, maxsplit=2)
+    names = re.findall(r"^\| `([\w.]+)", table, re.MULTILINE)
+    sources = "".join(p.read_text() for p in Path(experiments.__file__).parent.glob("*.py"))
+    assert len(names) == 7
+    assert all(f'"{name}"' in sources for name in names), names

@@ -1,0 +1,55 @@
+"""Float models in one file: exact, whole or refused."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from stp_jax import models
+from stp_jax.export import is_variables, load_variables, save_variables
+
+
+def resnet(seed, **options):
+    return models.create("resnet20", num_classes=4, width=8, rngs=nnx.Rngs(seed), **options)
+
+
+def values(model):
+    return {path: v.get_value() for path, v in nnx.to_flat_state(nnx.state(model))}
+
+
+def test_every_variable_comes_back_bit_for_bit_statistics_too(tmp_path):
+    model, other = resnet(0), resnet(1)
+    model(jnp.ones((2, 8, 8, 3)))  # moves the BatchNorm statistics
+    save_variables(model, tmp_path / "float.safetensors")
+    assert is_variables(tmp_path / "float.safetensors")
+    before = values(other)
+    assert any((before[path] != v).any() for path, v in values(model).items())
+    load_variables(other, tmp_path / "float.safetensors")
+    for path, value in values(other).items():
+        np.testing.assert_array_equal(value, values(model)[path])
+
+
+def test_a_file_that_does_not_fit_changes_nothing_and_says_why(tmp_path):
+    save_variables(resnet(0), tmp_path / "float.safetensors")
+    wider = models.create("resnet20", num_classes=4, width=16, rngs=nnx.Rngs(1))
+    before = values(wider)
+    with pytest.raises(ValueError, match=r"of another shape .*conv1\.kernel"):
+        load_variables(wider, tmp_path / "float.safetensors")
+    for path, value in values(wider).items():
+        np.testing.assert_array_equal(value, before[path])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "there is no file"), (b"pickle", "no safetensors file"), ({}, "hold no|holds no")],
+)
+def test_other_files_are_refused(content, message, tmp_path):
+    path = tmp_path / "other.safetensors"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        save_file({"weight": np.zeros(3, np.float32)}, path)
+    assert not is_variables(path)
+    with pytest.raises(ValueError, match=message):
+        load_variables(resnet(0), path)

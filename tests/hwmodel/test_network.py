@@ -1,0 +1,206 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+from stp_jax import hwmodel
+
+
+def test_grouped_convolution_is_independent_products():
+    layer = hwmodel.conv("c", (9, 9), channels=12, filters=8, kernel=(3, 3), groups=4, batch=2)
+    assert (layer.K, layer.P, layer.M, layer.groups) == (9 * 3, 2 * 81, 2, 4)
+    assert layer.macs == 2 * 81 * 8 * 9 * 3
+    assert layer.weight_words == 9 * 3 * 8
+
+
+def test_a_stride_above_the_kernel_reads_only_the_pixels_it_touches():
+    layer = hwmodel.conv("c", (8, 8), channels=3, filters=4, kernel=(1, 1), stride=(2, 2))
+    assert layer.input_words == 4 * 4 * 3
+
+
+@pytest.mark.parametrize("extent", [0, -1, 1.5])
+def test_extents_must_be_positive_integers(extent):
+    with pytest.raises(ValueError, match="positive integer"):
+        hwmodel.dense("d", extent, 4)
+
+
+def test_channels_must_divide_into_groups():
+    with pytest.raises(ValueError, match="do not divide into 3 groups"):
+        hwmodel.conv("c", (4, 4), channels=4, filters=4, kernel=(1, 1), groups=3)
+
+
+def test_layer_names_are_distinct():
+    layer = hwmodel.dense("d", 4, 4)
+    with pytest.raises(ValueError, match="two layers"):
+        hwmodel.Network((layer, layer))
+
+
+HEADER = (
+    "Layer name, IFMAP Height, IFMAP Width, Filter Height, Filter Width, Channels, Num Filter, S,"
+)
+
+
+def test_reads_a_scalesim_topology(tmp_path):
+    path = tmp_path / "net.csv"
+    path.write_text(f"{HEADER}\nfirst,229,229,7,7,3,64,2,\n\nfc,1,1,1,1,512,1000,1,\n")
+    network = hwmodel.read_scalesim_topology(path)
+    assert network.names == ("first", "fc")
+    assert (network.layers[0].K, network.layers[0].P, network.layers[0].M) == (147, 112**2, 64)
+    assert network.layers[1].macs == 512_000
+
+
+@pytest.mark.parametrize(
+    "row", ["a,1,1,1,1,1", "a,8,8,3,3,4,x,1", "a,8,8,3,3,4,4,0", "a,2,2,3,3,4,4,1"]
+)
+def test_a_malformed_topology_row_is_named(tmp_path, row):
+    path = tmp_path / "net.csv"
+    path.write_text(f"{HEADER}\nok,8,8,3,3,4,4,1,\n{row}\n")
+    with pytest.raises(ValueError, match=r"net\.csv:3"):
+        hwmodel.read_scalesim_topology(path)
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(3, 16, (3, 3), strides=2, rngs=rngs)
+        self.depthwise = nnx.Conv(16, 16, (3, 3), feature_group_count=16, rngs=rngs)
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        self.dense = nnx.List([nnx.Linear(16, 16, rngs=rngs)])
+        self.attention = nnx.MultiHeadAttention(4, 16, decode=False, rngs=rngs)
+        self.einsum = nnx.Einsum("...i,io->...o", (16, 7), (7,), rngs=rngs)
+
+    def __call__(self, x):
+        x = self.norm(self.depthwise(self.conv(x)))
+        x = self.dense[0](self.dense[0](x)).reshape(x.shape[0], -1, 16)
+        return self.einsum(self.attention(x))
+
+
+def extents(network):
+    return {layer.name: (layer.K, layer.P, layer.M, layer.groups) for layer in network}
+
+
+def test_traces_nnx_layers_in_order_of_execution():
+    network = hwmodel.trace(Block(nnx.Rngs(0)), jnp.zeros((2, 8, 8, 3)))
+    assert extents(network) == {
+        "conv": (27, 32, 16, 1),
+        "depthwise": (9, 32, 1, 16),
+        "dense.0": (16, 32, 16, 1),
+        "dense.0@2": (16, 32, 16, 1),
+        "attention.query": (16, 32, 16, 1),
+        "attention.key": (16, 32, 16, 1),
+        "attention.value": (16, 32, 16, 1),
+        "attention.scores": (4, 16, 16, 8),
+        "attention.context": (16, 16, 4, 8),
+        "attention.out": (16, 32, 16, 1),
+        "einsum": (16, 32, 7, 1),
+    }
+
+
+def test_tracing_neither_changes_nor_runs_the_model():
+    def refuse(*args, **kwargs):
+        assert isinstance(args[0], jax.core.Tracer)
+        return jax.lax.conv_general_dilated(*args, **kwargs)
+
+    model = Block(nnx.Rngs(0))
+    model.conv.conv_general_dilated = refuse  # as a quantised model holds its own convolution
+    mean = model.norm.mean[...]
+    network = hwmodel.trace(model, jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32))
+    assert network.names[0] == "conv"
+    assert model.conv.conv_general_dilated is refuse
+    assert model.norm.mean[...] is mean
+
+
+class Attention(nnx.Module):
+    """A module of one's own that holds its attention function as Flax's does."""
+
+    def __init__(self, rngs):
+        self.qkv = nnx.Linear(8, 24, rngs=rngs)
+        self.attention_fn = nnx.dot_product_attention
+
+    def __call__(self, x):
+        heads = self.qkv(x).reshape(*x.shape[:2], 3, 2, 4)
+        return self.attention_fn(heads[:, :, 0], heads[:, :, 1], heads[:, :, 2])
+
+
+def test_attention_of_any_module_contributes_its_two_products():
+    network = hwmodel.trace(Attention(nnx.Rngs(0)), jnp.zeros((3, 5, 8)))
+    assert extents(network) == {
+        "qkv": (8, 15, 24, 1),
+        "model.scores": (4, 5, 5, 6),
+        "model.context": (5, 5, 4, 6),
+    }
+
+
+def test_recorded_activations_are_what_the_layers_see():
+    model, x = Block(nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+    recorded = hwmodel.record_activations(model, x)
+    network = hwmodel.trace(model, x)
+    assert set(recorded) == {layer.name for layer in network if layer.kind != "matmul"}
+    seen = model.depthwise(model.conv(x))  # before the norm, whose statistics need not be known
+    np.testing.assert_array_equal(
+        recorded["conv"], np.rint(np.asarray(x) * (255 / np.abs(x).max()))
+    )
+    inside = np.asarray(model.conv(x))
+    np.testing.assert_allclose(
+        recorded["depthwise"] / 255, inside / np.abs(inside).max(), atol=0.5 / 255 + 1e-6
+    )
+    assert recorded["dense.0"].shape == seen.shape
+    array = hwmodel.Array(rows=4, cols=4, pe=hwmodel.BitPragmatic())
+    convolutions = hwmodel.Network(network.layers[:2])
+    given = {name: recorded[name] for name in convolutions.names}
+    assert (hwmodel.evaluate(convolutions, array, activations=given).cycles > 0).all()
+
+
+class ScaledConvolution(nnx.Module):
+    """A hook that holds arrays, as a quantized model's does."""
+
+    def __init__(self):
+        self.scale = nnx.Param(jnp.float32(0.5))
+
+    def __call__(self, lhs, rhs, *args, **kwargs):
+        return jax.lax.conv_general_dilated(lhs, self.scale[...] * rhs, *args, **kwargs)
+
+
+def test_hooks_that_hold_arrays_are_traced_through():
+    model = nnx.Sequential(nnx.Conv(3, 16, (3, 3), rngs=nnx.Rngs(0)))
+    model.layers[0].conv_general_dilated = nnx.data(ScaledConvolution())
+    network = hwmodel.trace(model, jnp.zeros((2, 8, 8, 3)))
+    assert extents(network) == {"layers.0": (27, 128, 16, 1)}
+    assert isinstance(model.layers[0].conv_general_dilated, ScaledConvolution)
+
+
+class LinenBlock(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        x = linen.Conv(16, (3, 3), strides=2, name="conv")(x)
+        x = linen.Conv(16, (3, 3), feature_group_count=16, name="depthwise")(x)
+        x = x.reshape(x.shape[0], -1, 16)
+        x = linen.MultiHeadDotProductAttention(4, name="attention")(x)
+        return linen.DenseGeneral(7, axis=(-2, -1), name="head")(x)
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_traces_linen_layers(bound):
+    model, x = LinenBlock(), jnp.zeros((2, 8, 8, 3))
+    if bound:
+        model = model.bind(model.init(jax.random.key(0), x))
+    assert extents(hwmodel.trace(model, x)) == {
+        "conv": (27, 32, 16, 1),
+        "depthwise": (9, 32, 1, 16),
+        "attention.query": (16, 32, 16, 1),
+        "attention.key": (16, 32, 16, 1),
+        "attention.value": (16, 32, 16, 1),
+        "attention.scores": (4, 16, 16, 8),
+        "attention.context": (16, 16, 4, 8),
+        "attention.out": (16, 32, 16, 1),
+        "head": (256, 2, 7, 1),
+    }
+
+
+def test_what_cannot_be_traced_is_said():
+    with pytest.raises(TypeError, match=r"expected an nnx\.Module"):
+        hwmodel.trace(lambda x: x, jnp.zeros(3))
+    with pytest.raises(ValueError, match="transposed"):
+        hwmodel.trace(nnx.ConvTranspose(3, 4, (3, 3), rngs=nnx.Rngs(0)), jnp.zeros((1, 8, 8, 3)))
+    with pytest.raises(ValueError, match="no convolution"):
+        hwmodel.trace(nnx.BatchNorm(4, rngs=nnx.Rngs(0)), jnp.zeros((1, 4)))

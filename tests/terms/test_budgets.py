@@ -1,0 +1,91 @@
+"""Layer-wise budgets: exact on convex curves of equal cost, and never above the total."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stp_jax.terms import allocate_budgets
+
+# Falling gains, summed from the far end: a convex, non-increasing curve that ends at 0.
+GAINS = st.lists(st.integers(0, 50), min_size=2, max_size=5)
+CURVES = st.lists(
+    GAINS.map(lambda gains: np.append(np.cumsum(sorted(gains))[::-1], 0)), min_size=1, max_size=3
+)
+
+
+def named(curves):
+    return {f"layer{i}": curve for i, curve in enumerate(curves)}
+
+
+def error(curves, budgets):
+    return sum(float(curves[name][k]) for name, k in budgets.items())
+
+
+@settings(max_examples=100)
+@given(CURVES, st.integers(0, 12), st.integers(0, 1))
+def test_equal_costs_give_the_least_error_of_all_allocations(curves, spare, minimum):
+    curves = named(curves)
+    total = len(curves) * minimum + spare
+    found = allocate_budgets(curves, dict.fromkeys(curves, 1), total, minimum=minimum)
+    assert sum(found.values()) <= total
+    assert min(found.values()) >= minimum
+    best = min(
+        error(curves, dict(zip(curves, ks, strict=True)))
+        for ks in itertools.product(*(range(minimum, len(c)) for c in curves.values()))
+        if sum(ks) <= total
+    )
+    assert error(curves, found) == best
+
+
+@settings(max_examples=100)
+@given(CURVES, st.data())
+def test_unequal_costs_stay_within_the_total_and_leave_no_free_gain(curves, data):
+    curves = named(curves)
+    costs = {name: data.draw(st.floats(0.5, 8.0)) for name in curves}
+    total = data.draw(st.floats(0.0, 60.0))
+    found = allocate_budgets(curves, costs, total, minimum=0)
+    spent = sum(costs[name] * k for name, k in found.items())
+    assert spent <= total * (1 + 1e-9) + 1e-9
+    for name, k in found.items():  # whatever still helps costs more than what is left
+        if k + 1 < len(curves[name]) and curves[name][k] > curves[name][k + 1]:
+            assert costs[name] > total - spent - 1e-9
+
+
+def test_no_allocation_of_what_it_spent_is_better():
+    """The water level: whatever the costs, what it spends buys the least error."""
+    curves = {"cheap": np.array([12, 6, 2, 0]), "dear": np.array([40, 16, 4, 0])}
+    costs = {"cheap": 1.0, "dear": 3.0}
+    for total in (0.0, 3.0, 4.0, 7.0, 8.0):
+        found = allocate_budgets(curves, costs, total, minimum=0)
+        spent = sum(costs[name] * k for name, k in found.items())
+        best = min(
+            curves["cheap"][i] + curves["dear"][j]
+            for i, j in itertools.product(range(4), repeat=2)
+            if i * 1.0 + j * 3.0 <= spent
+        )
+        assert error(curves, found) == best
+
+
+def test_useless_terms_are_not_bought():
+    curve = [5.0, 1.0, 1.0, 1.0]
+    assert allocate_budgets({"a": curve}, {"a": 1}, 3) == {"a": 1}
+
+
+def test_ties_go_to_the_layer_named_first():
+    curve = [4.0, 2.0, 0.0]
+    assert allocate_budgets({"b": curve, "a": curve}, {"a": 1, "b": 1}, 3) == {"b": 2, "a": 1}
+
+
+def test_mistakes_are_named():
+    curve = [2.0, 1.0]
+    with pytest.raises(ValueError, match="only one has b"):
+        allocate_budgets({"a": curve}, {"a": 1, "b": 1}, 3)
+    with pytest.raises(ValueError, match="'a': the cost of a term must be positive"):
+        allocate_budgets({"a": curve}, {"a": 0}, 3)
+    with pytest.raises(ValueError, match="does not reach the minimum budget 1"):
+        allocate_budgets({"a": curve, "b": curve}, {"a": 1, "b": 1}, 1)
+    with pytest.raises(ValueError, match=r"minimum 2 is outside its budgets \[0, 1\]"):
+        allocate_budgets({"a": curve}, {"a": 1}, 3, minimum=2)

@@ -1,0 +1,149 @@
+"""Weight quantizers: their values, LSQ's gradient rule and the search for scales."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stp_jax.terms import (
+    WeightFormat,
+    count,
+    max_scale,
+    project,
+    project_scaled,
+    quantize_weights,
+    search_scale,
+)
+from stp_jax.terms.quantizers import merge_axes
+
+FORMAT = WeightFormat(group_size=4)
+RNG = np.random.default_rng(0)
+W = jnp.asarray(RNG.normal(size=(3, 8, 5)), jnp.float32)
+SCALE = max_scale(W, axes=(0, 1))
+
+
+def test_values_are_scale_times_the_projection():
+    q = quantize_weights(W, SCALE, 6, axes=(1,), fmt=FORMAT)
+    v = project(W / SCALE, group_size=4, budget=6, axis=1, limit=127)
+    np.testing.assert_allclose(q, SCALE * v.astype(jnp.float32), rtol=1e-6)
+    np.testing.assert_array_equal(project_scaled(W, SCALE, 6, axes=(1,), fmt=FORMAT), v)
+
+
+def test_the_maximum_budget_is_rounding():
+    v = project_scaled(W, SCALE, FORMAT.max_budget, axes=(1,), fmt=FORMAT)
+    np.testing.assert_array_equal(v, np.round(np.asarray(W / SCALE)))
+
+
+def test_groups_over_merged_axes_share_the_budget_in_order():
+    v = np.asarray(project_scaled(W, SCALE, 5, axes=(0, 1), fmt=FORMAT))
+    groups = np.asarray(count(v)).reshape(6, 4, 5).sum(1)  # 3 * 8 weights in groups of 4
+    assert groups.max() == 5
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "merged"),
+    [
+        ((2, 3, 4, 5), (1, 2), ((2, 12, 5), 1)),
+        ((2, 3, 4, 5), (2, 1), ((2, 12, 5), 1)),
+        ((2, 3, 4, 5), (-1,), ((2, 3, 4, 5), 3)),
+    ],
+)
+def test_merge_axes(shape, axes, merged):
+    assert merge_axes(shape, axes) == merged
+
+
+@pytest.mark.parametrize("budget", [0, 5, 16])
+@pytest.mark.parametrize(("encoding", "method"), [("naf", "optimal"), ("binary", "greedy")])
+def test_gradients_follow_the_rule(budget, encoding, method):
+    """LSQ (Esser et al., ICLR 2020, eqs. 3 and 5), with the projection in place of rounding."""
+    fmt = WeightFormat(group_size=4, encoding=encoding, method=method)
+    scale = SCALE * jnp.float32(0.6)  # some weights lie outside
+    g = jnp.asarray(RNG.normal(size=W.shape), jnp.float32)
+    _, pull = jax.vjp(lambda w, s: quantize_weights(w, s, budget, axes=(1,), fmt=fmt), W, scale)
+    to_w, to_scale = pull(g)
+    u = np.asarray(W, np.float64) / np.asarray(scale)
+    v = np.asarray(project_scaled(W, scale, budget, axes=(1,), fmt=fmt))
+    inside = np.abs(u) <= 127
+    assert not inside.all()
+    np.testing.assert_array_equal(to_w, np.where(inside, g, 0))
+    local = np.asarray(g) * np.where(inside, v - u, v)
+    expected = local.sum((0, 1), keepdims=True) / np.sqrt(3 * 8 * 127)
+    np.testing.assert_allclose(to_scale, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_compilation_serves_every_budget():
+    traces = []
+
+    @jax.jit
+    def quantize(w, budget):
+        traces.append(1)
+        return quantize_weights(w, SCALE, budget, axes=(1,), fmt=FORMAT)
+
+    for budget in (0, 5, 16):
+        expected = quantize_weights(W, SCALE, budget, axes=(1,), fmt=FORMAT)
+        np.testing.assert_allclose(quantize(W, jnp.int32(budget)), expected, rtol=1e-6)
+    assert len(traces) == 1
+
+
+def test_bfloat16_weights_are_computed_in_float32():
+    w = W.astype(jnp.bfloat16)
+    q = quantize_weights(w, SCALE, 6, axes=(1,), fmt=FORMAT)
+    exact = quantize_weights(w.astype(jnp.float32), SCALE, 6, axes=(1,), fmt=FORMAT)
+    assert q.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(q, exact.astype(jnp.bfloat16))
+
+
+def test_max_scale():
+    w = jnp.asarray([[1.0, -254.0, 0.0], [0.5, 127.0, 0.0]], jnp.float32)
+    np.testing.assert_allclose(max_scale(w, axes=(0,)), [[1 / 127, 2.0, 1.0]], rtol=1e-6)
+    np.testing.assert_allclose(max_scale(w, axes=(0, 1), bits=4), [[254 / 7]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_search_takes_the_candidate_of_least_error(weighted):
+    importance = jnp.asarray(RNG.uniform(0.0, 2.0, W.shape), jnp.float32) if weighted else None
+    found = np.asarray(
+        search_scale(
+            W,
+            4,
+            axes=(1,),
+            scale_axes=(0, 1),
+            fmt=FORMAT,
+            importance=importance,
+            candidates=9,
+            lowest=0.5,
+        )
+    )
+    errors, scales = [], []
+    for ratio in np.linspace(0.5, 1.15, 9, dtype=np.float32):
+        scale = SCALE * ratio
+        v = np.asarray(project_scaled(W, scale, 4, axes=(1,), fmt=FORMAT))
+        error = (np.asarray(scale) * v - np.asarray(W)) ** 2
+        error = error * (1.0 if importance is None else np.asarray(importance))
+        errors.append(error.sum((0, 1)))
+        scales.append(np.asarray(scale)[0, 0])
+    best = np.take_along_axis(np.asarray(scales), np.argmin(errors, 0)[None], 0)[0]
+    np.testing.assert_allclose(found[0, 0], best, rtol=1e-6)
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="2 or more to hold a sign"):
+        WeightFormat(bits=1)
+    with pytest.raises(ValueError, match="best"):
+        WeightFormat(method="best")
+    with pytest.raises(ValueError, match="positive integer"):
+        WeightFormat(group_size=0)
+    with pytest.raises(ValueError, match="gray"):
+        WeightFormat(encoding="gray")
+    with pytest.raises(ValueError, match="must have the axes"):
+        quantize_weights(W, SCALE[0], 4, axes=(1,))
+    with pytest.raises(ValueError, match="must have the axes"):
+        quantize_weights(W, jnp.ones((2, 1, 1)), 4, axes=(1,))
+    with pytest.raises(ValueError, match="adjacent"):
+        quantize_weights(W, SCALE, 4, axes=(0, 2))
+    with pytest.raises(ValueError, match="outside"):
+        quantize_weights(W, SCALE, 33, axes=(1,))
+    with pytest.raises(TypeError, match="one integer"):
+        project_scaled(W, SCALE, 1.5, axes=(1,), fmt=FORMAT)
+    with pytest.raises(ValueError, match="candidates"):
+        search_scale(W, 4, axes=(1,), scale_axes=(0, 1), candidates=0)
