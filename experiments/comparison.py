@@ -72,6 +72,8 @@ METHODS: dict[str, Method] = {
     "STP": _ours,
     # The same with the array's energy as what the budgets share out.
     "STP for energy": functools.partial(_ours, allocate_for="energy"),
+    # From there, budgets trained with the weights: energy in the loss for the first steps.
+    "STP, energy in the loss": functools.partial(_ours, allocate_for="energy", budgeted_share=0.3),
 }
 
 # What each part of the method is worth: STP with one thing changed.
@@ -211,8 +213,11 @@ def member_config(config: ComparisonConfig, base: Config, member: Member, start:
     """
     changes = dict(member.changes)
     float_only, train = changes.pop("float_only", False), changes.pop("train", True)
-    guided = round(changes.pop("guided_share", 0.0) * config.steps)
-    retrained = config.steps - guided if train and not float_only else 0
+    guided, budgeted = (
+        round(changes.pop(share, 0.0) * config.steps)
+        for share in ("guided_share", "budgeted_share")
+    )
+    retrained = config.steps - guided - budgeted if train and not float_only else 0
     if float_only:
         changes |= {"budget": ALL_TERMS * base.group_size, "float_lr": base.retrain_lr}
     return dataclasses.replace(
@@ -223,6 +228,7 @@ def member_config(config: ComparisonConfig, base: Config, member: Member, start:
         init_from=str(start),
         float_epochs=config.steps / epoch if float_only else 0,
         guided_epochs=guided / epoch,
+        budgeted_epochs=budgeted / epoch,
         retrain_epochs=retrained / epoch,
         log_every=25,
         check_integers=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import re
@@ -50,6 +51,7 @@ class Config:
     eval_batch_size: int = 256
     float_epochs: float = 10.0
     guided_epochs: float = 2.0
+    budgeted_epochs: float = 0.0  # in which budgets are trained too, with energy in the loss
     retrain_epochs: float = 6.0
     float_lr: float = 0.1  # peak; each stage warms up linearly and falls as a cosine
     guided_lr: float = 0.01
@@ -73,6 +75,8 @@ class Config:
     int8_layers: str | None = None  # paths that keep all terms; None is the model's own choice
     activation_bits: int = 8
     guidance: float = 0.05  # fraction of the way to few-term values per step, at its peak
+    budget_lr: float = 0.05  # terms per group that a trained budget moves in a step, at most about
+    energy_weight: float = 100.0  # in the loss: of the square of the energy's relative excess
     compensate: bool = False  # let weights make up for each other's errors in the projection
     bn_batches: int = 30  # to re-estimate BatchNorm statistics after each stage
     calibration_batches: int = 4
@@ -126,9 +130,11 @@ def _check(c: Config) -> None:
         need(getattr(c, key) >= 1, key, "1 or more")
     for key in ("checkpoint_every", "log_every", "calibration_batches"):
         need(getattr(c, key) >= 1, key, "1 or more")
-    for key in ("float_epochs", "guided_epochs", "retrain_epochs", "weight_decay", "bn_batches"):
+    for key in ("float_epochs", "guided_epochs", "budgeted_epochs", "retrain_epochs"):
         need(getattr(c, key) >= 0, key, "0 or more")
-    for key in ("float_lr", "guided_lr", "retrain_lr", "temperature"):
+    for key in ("weight_decay", "bn_batches", "energy_weight"):
+        need(getattr(c, key) >= 0, key, "0 or more")
+    for key in ("float_lr", "guided_lr", "retrain_lr", "budget_lr", "temperature"):
         need(getattr(c, key) > 0, key, "positive")
     for key in ("warmup", "distill", "guidance"):
         need(0 <= getattr(c, key) <= 1, key, "in [0, 1]")
@@ -265,7 +271,8 @@ def override(config: AnyConfig, settings: Sequence[str]) -> AnyConfig:
             options[option] = text
             continue
         if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=3) or sorted(hints)
+            alike = functools.partial(difflib.get_close_matches, key, hints)
+            near = alike(cutoff=0.8) or alike() or sorted(hints)
             raise ConfigError(f"unknown key {key!r}; did you mean {', '.join(near)}?")
         changes[key] = _parse(key, text, hints[key])
     if not isinstance(config, Config):

@@ -30,7 +30,7 @@ from experiments.distributed import from_first, is_first
 from experiments.finite import Watch, name_nonfinite, nonfinite, paths
 from experiments.log import NoLog, StageLog, write_json
 from stp_jax import data, export, hwmodel, models
-from stp_jax.terms import allocate_budgets, budget_schedule, guide
+from stp_jax.terms import allocate_budgets, budget_schedule, guide, round_budgets
 
 
 class TrainState(NamedTuple):
@@ -323,8 +323,13 @@ def reestimate_batch_norm(context: Context, model: nnx.Module) -> None:
 # --- One stage ------------------------------------------------------------------------------------
 
 
-def make_optimizer(config: Config, *, lr: float, steps: int, guided: bool) -> Any:
-    """SGD with Nesterov momentum, or AdamW; warm-up and cosine; guidance last."""
+def make_optimizer(
+    config: Config, *, lr: float, steps: int, guided: bool = False, budgets: bool = False
+) -> Any:
+    """SGD with Nesterov momentum, or AdamW; warm-up and cosine; guidance last.
+
+    Relaxed budgets, where there are some, move by Adam.
+    """
     warm = max(1, round(config.warmup * steps))
     schedule = optax.warmup_cosine_decay_schedule(0.0, lr, warm, max(steps, warm + 1))
 
@@ -340,9 +345,21 @@ def make_optimizer(config: Config, *, lr: float, steps: int, guided: bool) -> An
             optax.add_decayed_weights(config.weight_decay, mask=kernels),
             optax.sgd(schedule, momentum=config.momentum, nesterov=True),
         )
+    if budgets:
+        moves = optax.adam(optax.linear_schedule(config.budget_lr, 0.0, steps))
+        descent = optax.partition({"weights": descent, "budgets": moves}, _budget_labels)
     return optax.chain(
         descent,
         *([guide(optax.linear_schedule(0.0, config.guidance, steps))] if guided else []),
+    )
+
+
+def _budget_labels(params: nnx.State) -> Any:
+    def label(_: Any, leaf: Any) -> str:
+        return "budgets" if isinstance(leaf, stp_jax.RelaxedBudget) else "weights"
+
+    return jax.tree_util.tree_map_with_path(
+        label, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
     )
 
 
@@ -371,11 +388,18 @@ def make_train_step(
     loss: Callable[..., jax.Array],
     teacher: Callable[[jax.Array], jax.Array] | None,
     target_budgets: Callable[[jax.Array], dict[str, jax.Array]] | None,
+    price: Callable[[nnx.Module], tuple[jax.Array, dict[str, jax.Array]]] | None,
     shardings: TrainState,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array], jax.Array]]:
     """The jit-compiled step; budgets are traced, so that annealing them compiles nothing.
 
     Args:
+      graphdef: of the model.
+      tx: the optimizer.
+      loss: (logits, labels, soft labels) → loss.
+      teacher: images → logits for the soft labels.
+      target_budgets: step → budgets of the few-term values that guidance draws to.
+      price: model → what its budgets add to the loss, and metrics of theirs.
       shardings: of the state, before and after the step.
 
     Returns:
@@ -385,13 +409,17 @@ def make_train_step(
     def step(state: TrainState, batch: dict[str, jax.Array], number: jax.Array):
         soft = None if teacher is None else teacher(batch["image"])
 
-        def forward(params: nnx.State) -> tuple[jax.Array, tuple[jax.Array, nnx.State]]:
+        def forward(params: nnx.State) -> tuple[jax.Array, tuple[jax.Array, nnx.State, dict]]:
             model = nnx.merge(graphdef, params, state.rest, copy=True)
             logits = model(batch["image"])
             rest = nnx.state(model, nnx.Not(nnx.Param))
-            return loss(logits, batch["label"], soft), (logits, rest)
+            value = loss(logits, batch["label"], soft)
+            added, priced = (0.0, {}) if price is None else price(model)
+            return value + added, (logits, rest, priced)
 
-        (value, (logits, rest)), grads = jax.value_and_grad(forward, has_aux=True)(state.params)
+        (value, (logits, rest, priced)), grads = jax.value_and_grad(forward, has_aux=True)(
+            state.params
+        )
         extra = {}
         if target_budgets is not None:
             model = nnx.merge(graphdef, state.params, state.rest, copy=True)
@@ -399,7 +427,7 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
         hits = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
-        metrics = {"loss": value, "accuracy": jnp.mean(hits)}
+        metrics = {"loss": value, "accuracy": jnp.mean(hits), **priced}
         flags = nonfinite(Watched(value, grads, params, rest, opt_state))
         return TrainState(params, rest, opt_state), metrics, flags
 
@@ -416,6 +444,7 @@ class Stage(NamedTuple):
     lr: float
     distill: float = 0.0
     guide_to: Mapping[str, int] | None = None  # layer → terms per group to be drawn to
+    price: Callable | None = None  # of relaxed budgets, which are trained then (`energy_price`)
 
 
 def _terms_per_weight(context: Context, model: nnx.Module, stage: Stage, steps: int):
@@ -457,7 +486,13 @@ def train_stage(
         return model
     model.train()
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
-    tx = make_optimizer(c, lr=stage.lr, steps=steps, guided=stage.guide_to is not None)
+    tx = make_optimizer(
+        c,
+        lr=stage.lr,
+        steps=steps,
+        guided=stage.guide_to is not None,
+        budgets=stage.price is not None,
+    )
     state = TrainState(params, rest, tx.init(params))
     state = jax.tree.map(jnp.copy, state)  # steps donate it, and the caller keeps its model
     shardings = context.state_shardings(state)
@@ -469,9 +504,11 @@ def train_stage(
         make_loss(c, distill=stage.distill),
         _frozen(teacher) if teacher is not None and stage.distill > 0 else None,
         (lambda n: {path: s(n) for path, s in schedules.items()}) if schedules else None,
+        stage.price,
         shardings,
     )
-    terms = None if stage.name == "float" else _terms_per_weight(context, model, stage, steps)
+    unsaid = stage.name == "float" or stage.price is not None  # a price comes with its metrics
+    terms = None if unsaid else _terms_per_weight(context, model, stage, steps)
     batches = context.train_iterator(stage.number)
     with StageCheckpoints(context.workdir / "checkpoints" / stage.name) as checkpoints:
         start, state = checkpoints.restore(state, batches)
@@ -549,15 +586,17 @@ def choose_budgets(context: Context, model: nnx.Module) -> dict[str, int]:
     weighted = c.error_weighting == "gradients"
     importance = squared_gradients(context, model) if weighted else None
     curves = stp_jax.error_curves(model, importance=importance)
-    costs = _term_costs(context, model, list(layers))
+    costs = _term_costs(context, model, list(layers), c.allocate_for)
     return allocate_budgets({path: curves[path] for path in layers}, costs, c.terms_per_weight)
 
 
-def _term_costs(context: Context, model: nnx.Module, paths: list[str]) -> dict[str, float]:
+def _term_costs(
+    context: Context, model: nnx.Module, paths: list[str], shared_out: str
+) -> dict[str, float]:
     """What one more term per group costs in each layer, as a share of one term per weight in all.
 
-    ``allocate_for`` says what is shared out: terms to store (each weight counts once), terms to
-    add (each weight counts as often as it is used, as the array's energy does), or the mean.
+    What is shared out: terms to store (each weight counts once), energy, that is terms to add
+    (each weight counts as often as it is used, as the array's energy does), or balanced, the mean.
     """
     groups = stp_jax.group_counts(model)
     layers = stp_jax.quantized_layers(model)
@@ -569,10 +608,58 @@ def _term_costs(context: Context, model: nnx.Module, paths: list[str]) -> dict[s
             uses[path] += layer.macs // layers[path].kernel.size
     stored = sum(layers[path].kernel.size for path in paths)
     added = sum(layers[path].kernel.size * uses[path] for path in paths)
-    share = {"terms": 0.0, "energy": 1.0, "balanced": 0.5}[context.config.allocate_for]
+    share = {"terms": 0.0, "energy": 1.0, "balanced": 0.5}[shared_out]
     return {
         path: groups[path] * ((1 - share) / stored + share * uses[path] / added) for path in paths
     }
+
+
+def energy_price(context: Context, model: nnx.Module) -> Callable[[nnx.Module], tuple]:
+    """What relaxed budgets add to the loss: the square of their energy's distance from the start.
+
+    The energy is the array's, all slots full, as the accelerator model counts it; what it may be is
+    what the whole budgets that the model holds now take.
+    """
+    c = context.config
+    network = hwmodel.trace(model, context.example_input())
+    pe = hwmodel.GroupPE(group_size=c.group_size, encoding=c.encoding, grouping="channels")
+    array = hwmodel.Array(rows=c.rows, cols=c.cols, pe=pe)
+
+    @jax.jit
+    def energy(budgets: Mapping[str, jax.Array]) -> jax.Array:
+        report = hwmodel.evaluate(network, array, budgets=budgets, smoothing=0.01)
+        return jnp.sum(report.energy_pj["array"])
+
+    allowed = energy({k: jnp.float32(v) for k, v in stp_jax.budgets(model).items()})
+
+    def price(model: nnx.Module) -> tuple[jax.Array, dict[str, jax.Array]]:
+        share = energy(stp_jax.relaxed_budgets(model)) / allowed
+        return c.energy_weight * (share - 1.0) ** 2, {"energy_of_allowed": share}
+
+    return price
+
+
+def train_budgets(
+    context: Context, model: nnx.Module, budgets: Mapping[str, int], teacher: nnx.Module
+) -> tuple[nnx.Module, dict[str, int]]:
+    """The first part of the retraining, in which the budgets are trained with the weights.
+
+    They start from the given ones and end as whole numbers that take no more energy.
+
+    Returns:
+      The model with its budgets set, and those.
+    """
+    c = context.config
+    costs = _term_costs(context, model, list(budgets), "energy")
+    price = energy_price(context, model)
+    stp_jax.relax_budgets(model)
+    stage = Stage("budgeted", 3, c.budgeted_epochs, c.retrain_lr, c.distill, price=price)
+    model = train_stage(context, model, stage, teacher)
+    relaxed = stp_jax.budgets(model)
+    total = sum(costs[path] * k for path, k in budgets.items())
+    found = round_budgets(relaxed, costs, total, largest=c.max_budget)
+    stp_jax.set_budgets(model, found)
+    return model, found
 
 
 def squared_gradients(context: Context, model: nnx.Module) -> dict[str, jax.Array]:
@@ -633,6 +720,11 @@ def train(context: Context) -> Outcome:
         stp_jax.set_budgets(model, budgets)
     reestimate_batch_norm(context, model)
     record.top1("projected", model)
+
+    # Budgeted: weights and budgets retrained together, with the array's energy in the loss.
+    if c.budgeted_epochs:
+        model, budgets = train_budgets(context, model, budgets, teacher)
+        reestimate_batch_norm(context, model)
 
     # Retrained: behind the projection, with the float model's soft labels.
     retrained = Stage("retrained", 2, c.retrain_epochs, c.retrain_lr, distill=c.distill)

@@ -8,12 +8,15 @@ model.
 from stp_jax.integration.bias import correct_bias as correct_bias
 from stp_jax.integration.compensation import compensate as compensate
 from stp_jax.integration.integer import integer_model as integer_model
+from stp_jax.integration.nnx import RelaxedBudget as RelaxedBudget
 from stp_jax.integration.nnx import budgets as budgets
 from stp_jax.integration.nnx import calibrate as calibrate
 from stp_jax.integration.nnx import integer_weights as integer_weights
 from stp_jax.integration.nnx import kernel_paths as kernel_paths
 from stp_jax.integration.nnx import project_params as project_params
 from stp_jax.integration.nnx import quantized_layers as quantized_layers
+from stp_jax.integration.nnx import relax_budgets as relax_budgets
+from stp_jax.integration.nnx import relaxed_budgets as relaxed_budgets
 from stp_jax.integration.nnx import search_weight_scales as search_weight_scales
 from stp_jax.integration.nnx import set_budgets as set_budgets
 from stp_jax.integration.policy import Policy as Policy

@@ -11,7 +11,13 @@ import numpy as np
 
 from stp_jax.integration.policy import Rule
 from stp_jax.terms.activations import quantize_activations
-from stp_jax.terms.quantizers import max_scale, project_scaled, quantize_weights, search_scale
+from stp_jax.terms.quantizers import (
+    max_scale,
+    project_scaled,
+    quantize_weights,
+    quantize_weights_relaxed,
+    search_scale,
+)
 
 _TINY = 1e-12  # keeps a learned scale off zero
 
@@ -124,9 +130,14 @@ class LayerFormat:
     def quantize_kernel(
         self, kernel: jax.Array, stored: jax.Array | None, budget: jax.typing.ArrayLike
     ) -> jax.Array:
-        """The kernel as scale times integers within the budget, in its own dtype."""
+        """The kernel as scale times integers within the budget, in its own dtype.
+
+        A budget of floating type is a relaxed one, and differentiable.
+        """
         scale = self.kernel_scale(kernel, stored)
-        return quantize_weights(kernel, scale, budget, axes=self.axes.groups, fmt=self.rule.format)
+        relaxed = jnp.issubdtype(jnp.result_type(budget), jnp.floating)
+        quantize = quantize_weights_relaxed if relaxed else quantize_weights
+        return quantize(kernel, scale, budget, axes=self.axes.groups, fmt=self.rule.format)
 
     def integer_kernel(
         self, kernel: jax.Array, stored: jax.Array | None, budget: jax.typing.ArrayLike

@@ -34,6 +34,10 @@ class Budget(nnx.Variable):
     """Terms per group of one layer, int32 scalar; change it without recompiling."""
 
 
+class RelaxedBudget(nnx.Param):
+    """Terms per group of one layer as a real number, float32 scalar, to be trained."""
+
+
 class WeightScale(nnx.Param):
     """Learned scale of a kernel, one per output channel, shaped to broadcast against it."""
 
@@ -58,7 +62,7 @@ class Quantizer(nnx.Module):
         self.format = LayerFormat(rule, axes)
         self.promote = promote
         self.calibrating = False
-        self.budget = Budget(jnp.asarray(self.format.first_budget, jnp.int32))
+        self.budget: nnx.Variable = Budget(jnp.asarray(self.format.first_budget, jnp.int32))
         if rule.weight_scale != "max":
             of_kernel = WeightScale if rule.weight_scale == "learned" else FixedWeightScale
             self.weight_scale = of_kernel(self.format.best_scale(kernel, self.budget[...]))
@@ -91,7 +95,11 @@ class Quantizer(nnx.Module):
 
     def _budget_or(self, budget: jax.typing.ArrayLike | None) -> jax.Array:
         held = self.budget[...]
-        return held if budget is None else self.format.budgets_like(budget, held)
+        if budget is not None:
+            return self.format.budgets_like(budget, held)
+        if isinstance(self.budget, RelaxedBudget):
+            raise ValueError("the budgets are relaxed; set_budgets makes them whole again")
+        return held
 
     def kernel_scale(self, kernel: jax.Array) -> jax.Array:
         """The scale of the kernel, float32, broadcastable to it."""
@@ -260,7 +268,8 @@ def quantized_layers(model: nnx.Module) -> dict[str, QuantizedLayer]:
 def budgets(model: nnx.Module) -> dict[str, Any]:
     """Terms per group of each quantized layer that has a budget rule.
 
-    An integer per layer; lists of them for layers that `nnx.vmap` stacks.
+    An integer per layer, a real number after `relax_budgets`; lists of them for layers that
+    `nnx.vmap` stacks.
     """
     return {
         path: np.asarray(q.quantizer.budget[...]).tolist()
@@ -271,6 +280,8 @@ def budgets(model: nnx.Module) -> dict[str, Any]:
 
 def set_budgets(model: nnx.Module, values: Mapping[str, jax.typing.ArrayLike]) -> None:
     """Sets terms per group by layer path, in place; nothing recompiles.
+
+    A relaxed budget becomes a whole one again.
 
     Raises:
       ValueError: a path is not a quantized layer, or a budget is out of its range. Nothing is
@@ -290,7 +301,44 @@ def set_budgets(model: nnx.Module, values: Mapping[str, jax.typing.ArrayLike]) -
         except ValueError as error:
             raise ValueError(f"layer {path!r}: {error}") from None
     for path, budget in new.items():
-        layers[path].quantizer.budget[...] = budget
+        quantizer = layers[path].quantizer
+        if isinstance(quantizer.budget, RelaxedBudget):
+            quantizer.budget = Budget(budget)
+        else:
+            quantizer.budget[...] = budget
+
+
+def relax_budgets(model: nnx.Module) -> None:
+    """Makes the budgets of layers with a budget rule real parameters, in place.
+
+    They are `RelaxedBudget`, a kind of `nnx.Param`, so an optimizer of the parameters trains them:
+    each kernel lies between its projections onto the two budgets around its own (see
+    `stp_jax.terms.quantize_weights_relaxed`). What they cost must be in the loss, for instance
+    `stp_jax.hwmodel.evaluate` at `relaxed_budgets`. `set_budgets` makes them whole again, for
+    instance with `stp_jax.terms.round_budgets`.
+    """
+    for _, quantizer in quantized_layers(model).values():
+        if quantizer.rule.budget is not None:
+            quantizer.budget = RelaxedBudget(quantizer.budget[...].astype(jnp.float32))
+
+
+def relaxed_budgets(model: nnx.Module) -> dict[str, jax.Array]:
+    """The relaxed budgets of a model by layer path, to put a price on them in a loss.
+
+    Each is within its layer's range, as the layer takes it. The model may be merged inside a traced
+    function.
+
+    Raises:
+      ValueError: the model has none; see `relax_budgets`.
+    """
+    found = {
+        path: jnp.clip(quantizer.budget[...], 0, quantizer.rule.format.max_budget)
+        for path, (_, quantizer) in quantized_layers(model).items()
+        if isinstance(quantizer.budget, RelaxedBudget)
+    }
+    if not found:
+        raise ValueError("the model has no relaxed budget; call stp_jax.relax_budgets first")
+    return found
 
 
 def calibrate(model: nnx.Module, batches: Iterable[Any]) -> None:

@@ -3,6 +3,7 @@
 from stp_jax.terms.activations import limit_terms as limit_terms
 from stp_jax.terms.activations import quantize_activations as quantize_activations
 from stp_jax.terms.budgets import allocate_budgets as allocate_budgets
+from stp_jax.terms.budgets import round_budgets as round_budgets
 from stp_jax.terms.codebook import few_term_values as few_term_values
 from stp_jax.terms.compensation import project_compensated as project_compensated
 from stp_jax.terms.encodings import ENCODINGS as ENCODINGS
@@ -29,4 +30,5 @@ from stp_jax.terms.quantizers import WeightFormat as WeightFormat
 from stp_jax.terms.quantizers import max_scale as max_scale
 from stp_jax.terms.quantizers import project_scaled as project_scaled
 from stp_jax.terms.quantizers import quantize_weights as quantize_weights
+from stp_jax.terms.quantizers import quantize_weights_relaxed as quantize_weights_relaxed
 from stp_jax.terms.quantizers import search_scale as search_scale

@@ -90,3 +90,33 @@ def allocate_budgets(
         if growing(name):
             heapq.heappush(queue, (-gain(name), order, name))
     return budgets
+
+
+def round_budgets(
+    relaxed: Mapping[str, float],
+    costs: Mapping[str, float],
+    total: float,
+    *,
+    largest: int,
+    minimum: int = 1,
+) -> dict[str, int]:
+    """The whole budgets nearest to relaxed ones, in summed squares, within a total cost.
+
+    Args:
+      relaxed: layer → real terms per group.
+      costs: layer → cost of one more term in each of its groups.
+      total: the cost that all layers may take together, in the unit of ``costs``.
+      largest: the most terms that a group can need.
+      minimum: the least budget of a layer.
+
+    Returns:
+      layer → terms per group.
+
+    Raises:
+      ValueError: as by `allocate_budgets`.
+
+    >>> round_budgets({"a": 2.6, "b": 3.4}, {"a": 1, "b": 1}, 6, largest=8)
+    {'a': 3, 'b': 3}
+    """
+    curves = {name: (np.arange(largest + 1) - float(k)) ** 2 for name, k in relaxed.items()}
+    return allocate_budgets(curves, costs, total, minimum=minimum)

@@ -199,6 +199,43 @@ def quantize_weights(
     return q.astype(w.dtype)
 
 
+def quantize_weights_relaxed(
+    w: jax.Array,
+    scale: jax.Array,
+    budget: jax.typing.ArrayLike,
+    *,
+    axes: tuple[int, ...],
+    fmt: WeightFormat = WeightFormat(),
+) -> jax.Array:
+    """Weights between their projections onto the two whole budgets around a relaxed one.
+
+    ``(1 - f) q(k) + f q(k + 1)`` with ``k + f = budget``, so that a budget can be trained: its
+    gradient is the cotangent's product with ``q(k + 1) - q(k)``, what one more term changes. At
+    whole budgets this is `quantize_weights`. It projects twice.
+
+    Args:
+      w: as for `quantize_weights`, as are the others.
+      scale: positive float.
+      budget: terms per group, a real scalar; below 0 and above fmt.max_budget the nearest of them
+        counts, with a gradient of 0.
+      axes: the adjacent axes along which groups lie.
+      fmt: the weight format.
+
+    Returns:
+      The shape and dtype of w; differentiable in w, scale and budget.
+
+    Raises:
+      ValueError: scale or axes do not fit w.
+    """
+    budget = jnp.clip(jnp.asarray(budget, jnp.float32), 0, fmt.max_budget)
+    whole = jnp.minimum(jnp.floor(jax.lax.stop_gradient(budget)), fmt.max_budget - 1)
+    fewer, more = (
+        quantize_weights(w, scale, whole.astype(jnp.int32) + extra, axes=axes, fmt=fmt)
+        for extra in (0, 1)
+    )
+    return fewer + (budget - whole).astype(w.dtype) * (more - fewer)
+
+
 @functools.partial(jax.jit, static_argnames=("axes", "bits"))
 def max_scale(w: jax.Array, *, axes: tuple[int, ...], bits: int = 8) -> jax.Array:
     """The scale at which the largest magnitude over axes becomes the largest integer.
