@@ -33,23 +33,42 @@ def _check_name(name: str) -> None:
         raise ValueError(f"no model is called {name!r}; {hint}")
 
 
+def _model_class(name: str) -> type[nnx.Module]:
+    factory = MODELS[name]
+    made = factory if isinstance(factory, type) else typing.get_type_hints(factory).get("return")
+    if not (isinstance(made, type) and issubclass(made, nnx.Module)):
+        raise ValueError(
+            f"model {name!r}: annotate what it returns, since the options are that class's: "
+            f"def {getattr(factory, '__name__', 'make')}(...) -> MyModel"
+        )
+    return made
+
+
 def model_options(name: str) -> dict[str, Any]:
     """The options of a model beside `num_classes` and `rngs`, with their types.
 
+    They are the keyword-only arguments of its class: what `MODELS` holds, or what the function
+    there is annotated to return.
+
     Raises:
-      ValueError: if the name is unknown.
+      ValueError: if the name is unknown, its function is not annotated with an NNX module, or an
+        option has no type.
 
     >>> model_options("mlp")["in_features"]
     <class 'int'>
     """
     _check_name(name)
-    build = typing.get_type_hints(MODELS[name])["return"].__init__
+    build = _model_class(name).__init__
     types = typing.get_type_hints(build)
-    return {
-        key: types[key]
+    options = [
+        key
         for key, parameter in inspect.signature(build).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY and key not in ("num_classes", "rngs")
-    }
+    ]
+    bare = [key for key in options if key not in types]
+    if bare:
+        raise ValueError(f"model {name!r}: annotate the types of its options {', '.join(bare)}")
+    return {key: types[key] for key in options}
 
 
 def create(name: str, *, num_classes: int, rngs: nnx.Rngs, **options: Any) -> nnx.Module:

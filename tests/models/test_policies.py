@@ -96,3 +96,42 @@ def test_options_are_those_of_the_constructor():
         model_options("resnet19")
     with pytest.raises(ValueError, match="'resnet20' has no option 'stem'; it has in_channels"):
         models.create("resnet20", num_classes=3, rngs=nnx.Rngs(0), stem="small")
+
+
+class Own(nnx.Module):
+    def __init__(self, *, num_classes: int, rngs: nnx.Rngs, width: int = 4):
+        self.layer = nnx.Linear(width, num_classes, rngs=rngs)
+
+
+class Untyped(nnx.Module):
+    def __init__(self, *, num_classes, rngs, width=4):
+        self.layer = nnx.Linear(width, num_classes, rngs=rngs)
+
+
+def make_own(**options):
+    return Own(**options)
+
+
+def make_annotated(**options) -> Own:
+    return Own(**options)
+
+
+@pytest.mark.parametrize("factory", [Own, make_annotated])
+def test_a_model_of_one_s_own_is_a_class_or_says_which_it_makes(factory, monkeypatch):
+    monkeypatch.setitem(MODELS, "own", factory)
+    assert model_options("own") == {"width": int}
+    model = models.create("own", num_classes=3, rngs=nnx.Rngs(0), width=2)
+    assert model.layer.kernel.shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (make_own, "model 'own': annotate what it returns.*make_own"),
+        (Untyped, "model 'own': annotate the types of its options width"),
+    ],
+)
+def test_what_a_model_does_not_say_of_itself_is_named(factory, message, monkeypatch):
+    monkeypatch.setitem(MODELS, "own", factory)
+    with pytest.raises(ValueError, match=message):
+        model_options("own")
