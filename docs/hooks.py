@@ -1,4 +1,4 @@
-"""MkDocs hooks: what the pages say about the code is generated from the code.
+"""MkDocs hooks: what the pages say about the code is generated from the code, and equations set.
 
 A line ``<!-- generate: NAME ARGUMENT … -->`` in a page is replaced by the Markdown that the
 function of this name in `GENERATORS` returns, so that no table differs from what the package does.
@@ -7,17 +7,21 @@ function of this name in `GENERATORS` returns, so that no table differs from wha
 from __future__ import annotations
 
 import ast
-import dataclasses
+import html
 import importlib
 import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+_EQUATION = re.compile(
+    r'<(?:span|div) class="arithmatex">\\(?P<kind>[(\[])(?P<tex>.*?)\\[)\]]</(?:span|div)>',
+    re.DOTALL,
+)
 _MARK = re.compile(r"^<!-- generate: (.+?) -->$", re.MULTILINE)
 
 # Of the Gaussian weights in the encodings' table: the largest of a few thousand weights lies near
@@ -94,50 +98,13 @@ def technology(kind: str) -> str:
 # --- Experiments ----------------------------------------------------------------------------------
 
 
-class Key(NamedTuple):
-    """A key of the configuration."""
-
-    name: str
-    type: str
-    default: str
-    remark: str
-
-
-def config_sections(config: type) -> dict[str, list[Key]]:
-    """A configuration's keys under the headings, and with the remarks, of its source.
-
-    A comment that opens a paragraph of fields is a heading; one behind a field, or in lines of its
-    own above it, is a remark.
-    """
-    fields = {field.name: field for field in dataclasses.fields(config)}
-    sections: dict[str, list[Key]] = {}
-    heading, above, opens = "", [], False
-    for line in inspect.getsource(config).splitlines():
-        text = line.strip()
-        name = text.partition(":")[0]
-        if text.startswith("#"):
-            if opens:
-                heading = text.lstrip("# ")
-            else:
-                above.append(text.lstrip("# "))
-        elif name in fields:
-            field = fields[name]
-            default = field.default
-            if default is dataclasses.MISSING and callable(field.default_factory):
-                default = field.default_factory()
-            remark = text.partition("  # ")[2] or " ".join(above)
-            key = Key(name, str(field.type), repr(default), remark)
-            sections.setdefault(heading, []).append(key)
-            above = []
-        elif text.startswith("def "):
-            break
-        opens = not text
-    return sections
-
-
 def config(module: str, name: str) -> str:
     """Every key of ``--set key=value`` that a configuration class has."""
-    described = getattr(importlib.import_module(module), name)
+    return _keys(getattr(importlib.import_module(module), name))
+
+
+def _keys(described: type) -> str:
+    from experiments.config import Key, config_sections
 
     def code(text: str) -> str:
         return f"`{text}`".replace("|", "\\|")
@@ -150,6 +117,24 @@ def config(module: str, name: str) -> str:
         f"{heading and f'**{heading}**'}\n\n{table(header, rows(keys))}"
         for heading, keys in config_sections(described).items()
     )
+
+
+def other_configs() -> str:
+    """The keys of each experiment that is not a training run."""
+    from experiments import configs
+    from experiments.config import Config
+
+    kinds = ((name, type(configs.load(name).CONFIG)) for name in configs.names())
+    return "\n\n".join(
+        f"### `{name}`\n\n{_keys(kind)}" for name, kind in kinds if not issubclass(kind, Config)
+    )
+
+
+def bookkeeping() -> str:
+    """The keys that may change when a run resumes."""
+    from experiments.config import Config
+
+    return ", ".join(f"`{key}`" for key in Config.BOOKKEEPING) + "."
 
 
 def experiments() -> str:
@@ -191,10 +176,26 @@ def api(package: str) -> str:
     )
 
 
+# --- Equations ------------------------------------------------------------------------------------
+
+
+def equations(content: str) -> str:
+    """The page's HTML with its equations as MathML, which browsers set without a script."""
+    from latex2mathml.converter import convert
+
+    def mathml(match: re.Match[str]) -> str:
+        display = "block" if match["kind"] == "[" else "inline"
+        return convert(html.unescape(match["tex"]).strip(), display=display)
+
+    return _EQUATION.sub(mathml, content)
+
+
 GENERATORS: dict[str, Callable[..., str]] = {
     "encodings": encodings,
     "technology": technology,
     "config": config,
+    "other_configs": other_configs,
+    "bookkeeping": bookkeeping,
     "experiments": experiments,
     "models": models,
     "api": api,
@@ -218,3 +219,8 @@ def generate(markdown: str) -> str:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by MkDocs with each page's source."""
     return generate(markdown)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Called by MkDocs with each page's HTML."""
+    return equations(content)

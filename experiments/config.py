@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import inspect
 import json
 import math
 import re
@@ -12,9 +13,10 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from stp_jax.data import AUGMENTATIONS
+from stp_jax.integration.allocation import Resource
 from stp_jax.models import MODELS, model_options
 from stp_jax.terms import Encoding, Method, max_budget
 
@@ -68,7 +70,7 @@ class Config:
     encoding: Encoding = "naf"
     method: Method = "optimal"
     terms_per_weight: float = 0.75  # mean over the layers with budgets, when they are allocated
-    allocate_for: Literal["terms", "energy", "balanced"] = "balanced"  # what the mean is of
+    allocate_for: Resource = "balanced"  # what the mean is of (`stp_jax.term_costs`)
     error_weighting: Literal["gradients", "none"] = "gradients"  # of the errors it weighs up
     budget: int | None = None  # terms per group, the same in every layer; None allocates
     budgets: str | None = None  # JSON file {layer: terms per group}, by hand
@@ -204,16 +206,17 @@ def check_choices(config: Any) -> None:
     """Raises ConfigError if a field whose type names its values holds another one."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        choices, value = _choices(hints[field.name]), getattr(config, field.name)
-        if choices and value not in choices:
-            named = ", ".join(map(str, choices))
-            raise ConfigError(f"{field.name} must be one of {named}, got {value!r}")
+        named, value = choices(hints[field.name]), getattr(config, field.name)
+        if named and value not in named:
+            raise ConfigError(
+                f"{field.name} must be one of {', '.join(map(str, named))}, got {value!r}"
+            )
 
 
-def _choices(hint: Any) -> tuple[Any, ...]:
+def choices(hint: Any) -> tuple[Any, ...]:
     """The values that a Literal type, or an optional one, admits; () for other types."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        named = tuple(choice for part in typing.get_args(hint) for choice in _choices(part))
+        named = tuple(choice for part in typing.get_args(hint) for choice in choices(part))
         return (*named, None) if named else ()
     return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
@@ -295,3 +298,44 @@ def differences(ours: Any, theirs: Mapping[str, Any]) -> list[str]:
         for key in keys
         if theirs.get(key) != mine[key]
     ]
+
+
+class Key(NamedTuple):
+    """A key of a configuration, as its source describes it."""
+
+    name: str
+    type: str
+    default: str
+    remark: str
+
+
+def config_sections(config: type) -> dict[str, list[Key]]:
+    """A configuration's keys under the headings, and with the remarks, of its source.
+
+    A comment that opens a paragraph of fields is a heading; one behind a field, or in lines of its
+    own above it, is a remark.
+    """
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    sections: dict[str, list[Key]] = {}
+    heading, above, opens = "", [], False
+    for line in inspect.getsource(config).splitlines():
+        text = line.strip()
+        name = text.partition(":")[0]
+        if text.startswith("#"):
+            if opens:
+                heading = text.lstrip("# ")
+            else:
+                above.append(text.lstrip("# "))
+        elif name in fields:
+            field = fields[name]
+            default = field.default
+            if default is dataclasses.MISSING and callable(field.default_factory):
+                default = field.default_factory()
+            remark = text.partition("  # ")[2] or " ".join(above)
+            key = Key(name, str(field.type), repr(default), remark)
+            sections.setdefault(heading, []).append(key)
+            above = []
+        elif text.startswith("def "):
+            break
+        opens = not text
+    return sections

@@ -11,25 +11,46 @@ import contextlib
 import dataclasses
 import json
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from experiments import configs
-from experiments.config import Config, ConfigError, differences, override
+from experiments.config import (
+    Config,
+    ConfigError,
+    choices,
+    config_sections,
+    differences,
+    override,
+)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
+def _describe_keys(exp: str | None) -> str:
+    """The keys that ``--set`` takes for an experiment, a line each, under their headings."""
+    known = exp in configs.names()
+    config = configs.load(str(exp)).CONFIG if known else Config()
+    whose = exp if known else "training runs (add --exp=NAME for those of NAME)"
+    lines, hints = [f"keys of {whose}:"], typing.get_type_hints(type(config))
+    for heading, keys in config_sections(type(config)).items():
+        lines += ["", f"  {heading}"] if heading else [""]
+        for key in keys:
+            value = getattr(config, key.name)
+            text = f"    {key.name}={'none' if value is None else value}"
+            said = [" | ".join(map(str, choices(hints[key.name]))), key.remark]
+            lines.append(f"{text:34}  {'; '.join(filter(None, said))}".rstrip())
+    return "\n".join(lines)
+
+
+def parser(exp: str | None = None) -> argparse.ArgumentParser:
+    """The command line; its help describes the keys of the experiment."""
     result = argparse.ArgumentParser(
         prog="python -m experiments.run",
         description="Train a network of few power-of-two terms and report its accuracy and cost.",
-        epilog="keys and their defaults: "
-        + ", ".join(
-            f"{f.name}={f.default}" for f in dataclasses.fields(Config) if f.name != "model_options"
-        )
-        + "; and the model's own, as model_options.depth=4",
+        epilog=_describe_keys(exp),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument(
         "--exp", default="list", metavar="NAME", help="the experiment; 'list' shows those there are"
@@ -206,7 +227,9 @@ def main(arguments: list[str] | None = None) -> int:
     0 on success, 2 on a wrong configuration, 1 on failed training or a full disk, 128 and the
     signal's number when SIGTERM or Ctrl-C ended the run.
     """
-    options = parser().parse_args(arguments)
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--exp")
+    options = parser(first.parse_known_args(arguments)[0].exp).parse_args(arguments)
     console = Console()
     if options.exp in ("", "list"):
         for name in configs.names():

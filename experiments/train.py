@@ -30,7 +30,7 @@ from experiments.distributed import from_first, is_first
 from experiments.finite import Watch, name_nonfinite, nonfinite, paths
 from experiments.log import NoLog, StageLog, write_json
 from stp_jax import data, export, hwmodel, models
-from stp_jax.terms import allocate_budgets, budget_schedule, guide, round_budgets
+from stp_jax.terms import budget_schedule, guide, round_budgets
 
 
 class TrainState(NamedTuple):
@@ -244,10 +244,16 @@ def check_model(context: Context) -> None:
             f"model={config.model} does not take data={config.data}, {example.dtype} inputs of "
             f"shape {example.shape[1:]}: {reason}"
         ) from error
+    policy, layers = make_policy(config, abstract), stp_jax.kernel_paths(abstract)
     try:
-        make_policy(config, abstract).check(stp_jax.kernel_paths(abstract))
+        policy.check(layers)
     except ValueError as error:
         raise ConfigError(f"int8_layers={config.int8_layers}: {error}") from error
+    if config.budgets is not None:
+        shapes = nnx.eval_shape(lambda model: stp_jax.quantize(model, policy), abstract)
+        quantized = stp_jax.quantized_layers(shapes)
+        rules = {path: layer.quantizer.rule for path, layer in quantized.items()}
+        _read_budgets(config, [path for path, rule in rules.items() if rule.budget is not None])
 
 
 def make_policy(config: Config, model: nnx.Module) -> stp_jax.Policy:
@@ -441,10 +447,15 @@ class Stage(NamedTuple):
     name: str
     number: int  # for the order of its data
     epochs: float
-    lr: float
+    lr: float  # peak
     distill: float = 0.0
     guide_to: Mapping[str, int] | None = None  # layer → terms per group to be drawn to
     price: Callable | None = None  # of relaxed budgets, which are trained then (`energy_price`)
+
+    @property
+    def lr_key(self) -> str:
+        """The key of its learning rate in the configuration."""
+        return {"float": "float_lr", "guided": "guided_lr"}.get(self.name, "retrain_lr")
 
 
 def _terms_per_weight(context: Context, model: nnx.Module, stage: Stage, steps: int):
@@ -531,7 +542,7 @@ def train_stage(
                 if (logs or stop) and (found := watch.first()) is not None:
                     raise TrainingError(
                         f"{stage.name}, step {found[0]}: not finite: {found[1]}; the last good "
-                        f"checkpoint is kept. A lower {stage.name}_lr may help."
+                        f"checkpoint is kept. A lower {stage.lr_key} may help."
                     )
                 if logs:
                     values = {name: float(value) for name, value in metrics.items()}
@@ -573,45 +584,50 @@ def choose_budgets(context: Context, model: nnx.Module) -> dict[str, int]:
       ConfigError: budgets by hand that do not fit the model's layers.
     """
     c = context.config
-    layers = stp_jax.budgets(model)
+    layers = list(stp_jax.budgets(model))
     if c.budgets is not None:
-        values = json.loads(Path(c.budgets).expanduser().read_text())
-        if not isinstance(values, dict) or set(values) != set(layers):
-            raise ConfigError(
-                f"{c.budgets} must give terms per group for these layers: {', '.join(layers)}"
-            )
-        return values
+        return _read_budgets(c, layers)
     if c.budget is not None:
         return dict.fromkeys(layers, c.budget)
     weighted = c.error_weighting == "gradients"
     importance = squared_gradients(context, model) if weighted else None
-    curves = stp_jax.error_curves(model, importance=importance)
-    costs = _term_costs(context, model, list(layers), c.allocate_for)
-    return allocate_budgets({path: curves[path] for path in layers}, costs, c.terms_per_weight)
+    return stp_jax.allocate(
+        model,
+        c.terms_per_weight,
+        per=c.allocate_for,
+        importance=importance,
+        example=context.example_input(),
+        array=_array(c),
+    )
 
 
-def _term_costs(
-    context: Context, model: nnx.Module, paths: list[str], shared_out: str
-) -> dict[str, float]:
-    """What one more term per group costs in each layer, as a share of one term per weight in all.
+def _read_budgets(config: Config, layers: list[str]) -> dict[str, int]:
+    """Budgets by hand, from a JSON file of terms per group by layer."""
+    assert config.budgets is not None
+    try:
+        values = json.loads(Path(config.budgets).expanduser().read_text())
+    except ValueError as error:
+        raise ConfigError(f"budgets={config.budgets} is not JSON: {error}") from None
+    if not isinstance(values, dict) or set(values) != set(layers):
+        raise ConfigError(
+            f"budgets={config.budgets} must give terms per group for these layers: "
+            + ", ".join(layers)
+        )
+    for path, k in values.items():
+        if type(k) is not int or not 0 <= k <= config.max_budget:
+            raise ConfigError(
+                f"budgets={config.budgets}: {path} must have a whole number of terms from 0 to "
+                f"{config.max_budget}, got {k!r}"
+            )
+    return values
 
-    What is shared out: terms to store (each weight counts once), energy, that is terms to add
-    (each weight counts as often as it is used, as the array's energy does), or balanced, the mean.
-    """
-    groups = stp_jax.group_counts(model)
-    layers = stp_jax.quantized_layers(model)
-    network = hwmodel.trace(model, context.example_input())
-    uses = dict.fromkeys(paths, 0)
-    for layer in network:
-        path = layer.name.partition("@")[0]  # a shared module is used again as path@2
-        if path in uses:
-            uses[path] += layer.macs // layers[path].kernel.size
-    stored = sum(layers[path].kernel.size for path in paths)
-    added = sum(layers[path].kernel.size * uses[path] for path in paths)
-    share = {"terms": 0.0, "energy": 1.0, "balanced": 0.5}[shared_out]
-    return {
-        path: groups[path] * ((1 - share) / stored + share * uses[path] / added) for path in paths
-    }
+
+def _array(config: Config) -> hwmodel.Array:
+    """The array of group PEs; the trained groups follow the channels of one window position."""
+    pe = hwmodel.GroupPE(
+        group_size=config.group_size, encoding=config.encoding, grouping="channels"
+    )
+    return hwmodel.Array(rows=config.rows, cols=config.cols, pe=pe)
 
 
 def energy_price(context: Context, model: nnx.Module) -> Callable[[nnx.Module], tuple]:
@@ -621,9 +637,7 @@ def energy_price(context: Context, model: nnx.Module) -> Callable[[nnx.Module], 
     what the whole budgets that the model holds now take.
     """
     c = context.config
-    network = hwmodel.trace(model, context.example_input())
-    pe = hwmodel.GroupPE(group_size=c.group_size, encoding=c.encoding, grouping="channels")
-    array = hwmodel.Array(rows=c.rows, cols=c.cols, pe=pe)
+    network, array = hwmodel.trace(model, context.example_input()), _array(c)
 
     @jax.jit
     def energy(budgets: Mapping[str, jax.Array]) -> jax.Array:
@@ -650,7 +664,9 @@ def train_budgets(
       The model with its budgets set, and those.
     """
     c = context.config
-    costs = _term_costs(context, model, list(budgets), "energy")
+    costs = stp_jax.term_costs(
+        model, per="energy", example=context.example_input(), array=_array(c)
+    )
     price = energy_price(context, model)
     stp_jax.relax_budgets(model)
     stage = Stage("budgeted", 3, c.budgeted_epochs, c.retrain_lr, c.distill, price=price)

@@ -1,14 +1,24 @@
 """Neural networks made of few power-of-two terms: train them, and know what they cost.
 
-The pieces: `stp_jax.terms` (encodings, projection, quantizers, budgets), `stp_jax.models`,
-`stp_jax.data`, `stp_jax.hwmodel` (the accelerator). `quantize` turns a Flax model into an STP
-model.
+`quantize` turns a Flax model into an STP model. The pieces: `stp_jax.terms` (encodings, projection,
+quantizers, budgets), `stp_jax.models`, `stp_jax.data`, `stp_jax.export` (packed terms, ONNX, memory
+images) and `stp_jax.hwmodel` (the accelerator); they are imported when they are first used.
 """
 
+import importlib as _importlib
+from typing import TYPE_CHECKING, Any
+
+from stp_jax.integration.allocation import allocate as allocate
+from stp_jax.integration.allocation import term_costs as term_costs
 from stp_jax.integration.bias import correct_bias as correct_bias
 from stp_jax.integration.compensation import compensate as compensate
+from stp_jax.integration.guidance import guidance as guidance
 from stp_jax.integration.integer import integer_model as integer_model
+from stp_jax.integration.linen import QuantizedModule as QuantizedModule
+from stp_jax.integration.nnx import ActivationScale as ActivationScale
+from stp_jax.integration.nnx import Budget as Budget
 from stp_jax.integration.nnx import RelaxedBudget as RelaxedBudget
+from stp_jax.integration.nnx import WeightScale as WeightScale
 from stp_jax.integration.nnx import budgets as budgets
 from stp_jax.integration.nnx import calibrate as calibrate
 from stp_jax.integration.nnx import integer_weights as integer_weights
@@ -21,7 +31,29 @@ from stp_jax.integration.nnx import search_weight_scales as search_weight_scales
 from stp_jax.integration.nnx import set_budgets as set_budgets
 from stp_jax.integration.policy import Policy as Policy
 from stp_jax.integration.policy import Rule as Rule
+from stp_jax.integration.policy import UnmatchedRuleError as UnmatchedRuleError
 from stp_jax.integration.quantize import quantize as quantize
 from stp_jax.integration.sensitivity import error_curves as error_curves
 from stp_jax.integration.sensitivity import group_counts as group_counts
 from stp_jax.integration.sensitivity import squared_gradients as squared_gradients
+
+if TYPE_CHECKING:
+    from stp_jax import data as data
+    from stp_jax import export as export
+    from stp_jax import hwmodel as hwmodel
+    from stp_jax import models as models
+    from stp_jax import terms as terms
+
+_PACKAGES = ("data", "export", "hwmodel", "models", "terms")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return _importlib.import_module(f"stp_jax.{name}")
+    if name == "__version__":
+        return _importlib.import_module("importlib.metadata").version("stp-jax")
+    raise AttributeError(f"module 'stp_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PACKAGES, "__version__"})

@@ -18,9 +18,9 @@ from flax import nnx
 
 from stp_jax.hwmodel.rtl.images import Job, write_images
 from stp_jax.integration.integer import integer_model
-from stp_jax.integration.nnx import Quantizer, quantized_layers
+from stp_jax.integration.nnx import Quantizer, product_hook, quantized_layers
 
-_HOOKS = {nnx.Conv: "conv_general_dilated", nnx.Linear: "dot_general"}
+_KINDS = (nnx.Conv, nnx.Linear)
 
 
 def _quantizer(model: nnx.Module, layer: str) -> Quantizer:
@@ -28,8 +28,8 @@ def _quantizer(model: nnx.Module, layer: str) -> Quantizer:
     if layer not in layers:
         raise ValueError(f"no quantized layer at {layer!r}; there are: {', '.join(layers)}")
     module, quantizer = layers[layer]
-    if type(module) not in _HOOKS:
-        kinds = " or ".join(kind.__name__ for kind in _HOOKS)
+    if not isinstance(module, _KINDS):
+        kinds = " or ".join(kind.__name__ for kind in _KINDS)
         raise ValueError(f"layer {layer!r} is a {type(module).__name__}; jobs are made of {kinds}")
     rule = quantizer.rule
     if (rule.encoding, rule.bits) != ("naf", 8) or rule.activation_bits > 8:
@@ -47,7 +47,9 @@ def _first_product(model: nnx.Module, layer: str, x: Any) -> tuple[tuple, dict[s
     integer = integer_model(model)
     integer.eval()
     module = next(m for path, m in nnx.iter_modules(integer) if ".".join(map(str, path)) == layer)
-    hook = getattr(module, _HOOKS[type(module)])
+    name = product_hook(module)
+    assert name is not None
+    hook = getattr(module, name)
     product, calls = hook.product, []
 
     def recorded(*args: Any, **kwargs: Any) -> jax.Array:

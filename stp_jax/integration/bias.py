@@ -17,24 +17,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from stp_jax.integration.nnx import Layer, QuantizedLayer, quantized_layers
-
-_PRODUCTS: dict[type, str] = {
-    nnx.Conv: "conv_general_dilated",
-    nnx.Linear: "dot_general",
-    nnx.LinearGeneral: "dot_general",
-}
-
-
-def _product_hook(layer: Layer) -> str | None:
-    """The attribute that computes the layer's product, None if there is none to take."""
-    if isinstance(layer, nnx.LinearGeneral) and (layer.dot_general_cls or layer.batch_axis):
-        return None
-    return next((hook for kind, hook in _PRODUCTS.items() if isinstance(layer, kind)), None)
+from stp_jax.integration.nnx import (
+    Layer,
+    QuantizedLayer,
+    call_model,
+    check_batches,
+    product_hook,
+    quantized_layers,
+)
 
 
 def _replace_product(layer: Layer, wrap: Callable[[Callable], Callable]) -> None:
-    hook = _product_hook(layer)
+    hook = product_hook(layer)
     assert hook is not None
     setattr(layer, hook, nnx.static(wrap(getattr(layer, hook) or jax.lax.dot_general)))
 
@@ -45,7 +39,7 @@ def _batch_norms(model: nnx.Module) -> Iterator[tuple[str, nnx.BatchNorm]]:
             yield ".".join(map(str, path)), module
 
 
-def _find_batch_norms(model: nnx.Module, batch: Any) -> dict[str, str]:
+def _find_batch_norms(model: nnx.Module, batch: Any, call: Callable) -> dict[str, str]:
     """The BatchNorm that takes the very output of each quantized layer, by the layers' paths."""
     graphdef, state = nnx.split(model)
     followers: dict[str, str] = {}
@@ -69,11 +63,11 @@ def _find_batch_norms(model: nnx.Module, batch: Any) -> dict[str, str]:
             return recognised
 
         for path, quantized in quantized_layers(probe).items():
-            if _product_hook(quantized.layer):
+            if product_hook(quantized.layer):
                 _replace_product(quantized.layer, functools.partial(remember, path))
         for path, norm in _batch_norms(probe):
             norm.promote_dtype = nnx.static(recognise(path, norm.promote_dtype))
-        probe(batch)  # type: ignore[operator]
+        call(probe, batch)
 
     jax.eval_shape(trace, state, batch)
     return followers
@@ -107,7 +101,7 @@ def _watch(quantized: QuantizedLayer, record: Callable[[jax.Array], None]) -> No
 
 
 def _mean_shifts(
-    model: nnx.Module, paths: list[str], batches: Iterable[Any]
+    model: nnx.Module, paths: list[str], batches: Iterable[Any], call: Callable
 ) -> dict[str, jax.Array]:
     graphdef, state = nnx.split(model)
 
@@ -118,7 +112,7 @@ def _mean_shifts(
         seen: dict[str, list[jax.Array]] = {path: [] for path in paths}
         for path in paths:
             _watch(layers[path], seen[path].append)
-        probe(batch)  # type: ignore[operator]
+        call(probe, batch)
         return {path: jnp.mean(jnp.stack(calls), axis=0) for path, calls in seen.items() if calls}
 
     total, count = None, 0
@@ -130,7 +124,12 @@ def _mean_shifts(
     return {path: shift / count for path, shift in total.items()}
 
 
-def correct_bias(model: nnx.Module, batches: Iterable[Any]) -> dict[str, jax.Array]:
+def correct_bias(
+    model: nnx.Module,
+    batches: Iterable[Any],
+    *,
+    call: Callable[[Any, Any], Any] = call_model,
+) -> dict[str, jax.Array]:
     """Corrects the mean of every output channel for the error of its quantized kernel, in place.
 
     Layers with a bias (Conv, Linear, LinearGeneral) and layers whose output goes straight into a
@@ -140,6 +139,7 @@ def correct_bias(model: nnx.Module, batches: Iterable[Any]) -> dict[str, jax.Arr
     Args:
       model: an STP model in evaluation mode.
       batches: inputs, each given to the model as its only argument; batches count equally.
+      call: how to call the model on a batch otherwise.
 
     Returns:
       Layer path → the shift that was taken off, float32 of the bias's (or the channels') shape.
@@ -147,7 +147,9 @@ def correct_bias(model: nnx.Module, batches: Iterable[Any]) -> dict[str, jax.Arr
     Raises:
       ValueError: there is no batch, no layer can be corrected, a BatchNorm is in training mode, or
         a layer runs inside a scan or vmap, where its outputs cannot be seen.
+      TypeError: batches is an array.
     """
+    check_batches(batches)
     batches = list(batches)
     if not batches:
         raise ValueError("bias correction needs at least one batch of inputs")
@@ -159,13 +161,13 @@ def correct_bias(model: nnx.Module, batches: Iterable[Any]) -> dict[str, jax.Arr
             "call model.eval() first"
         )
     layers = quantized_layers(model)
-    followers = _find_batch_norms(model, batches[0])
-    biased = [p for p, q in layers.items() if _product_hook(q.layer) and q.layer.bias is not None]
+    followers = _find_batch_norms(model, batches[0], call)
+    biased = [p for p, q in layers.items() if product_hook(q.layer) and q.layer.bias is not None]
     paths = biased + [path for path in followers if path not in biased]
     if not paths:
         raise ValueError("no quantized layer has a bias or goes straight into a BatchNorm")
     try:
-        shifts = _mean_shifts(model, paths, batches)
+        shifts = _mean_shifts(model, paths, batches, call)
     except jax.errors.UnexpectedTracerError:
         raise ValueError(
             "a quantized layer runs inside a scan, vmap or the like; its outputs cannot be seen"

@@ -15,10 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from stp_jax.integration.bias import _product_hook, _replace_product
+from stp_jax.integration.bias import _replace_product
 from stp_jax.integration.nnx import (
     QuantizedLayer,
     _kernel,
+    call_model,
+    check_batches,
+    product_hook,
     quantized_layers,
     search_weight_scales,
     set_budgets,
@@ -30,7 +33,7 @@ def _takes_part(quantized: QuantizedLayer) -> bool:
     layer = quantized.layer
     if isinstance(layer, nnx.Conv):
         return layer.feature_group_count == 1
-    return type(layer) is nnx.Linear and _product_hook(layer) is not None
+    return type(layer) is nnx.Linear and product_hook(layer) is not None
 
 
 def _patches(layer: Any, x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
@@ -54,7 +57,9 @@ def _patches(layer: Any, x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: 
     return jnp.swapaxes(patches, 1, 2).reshape(len(patches), -1)
 
 
-def _observe(model: nnx.Module, paths: list[str], batches: Iterable[Any]) -> dict[str, jax.Array]:
+def _observe(
+    model: nnx.Module, paths: list[str], batches: Iterable[Any], call: Callable
+) -> dict[str, jax.Array]:
     graphdef, state = nnx.split(model)
 
     @jax.jit
@@ -74,7 +79,7 @@ def _observe(model: nnx.Module, paths: list[str], batches: Iterable[Any]) -> dic
 
         for path in paths:
             _replace_product(layers[path].layer, functools.partial(watched, path))
-        probe(batch)  # type: ignore[operator]
+        call(probe, batch)
         return {path: functools.reduce(jnp.add, calls) for path, calls in seen.items() if calls}
 
     total = None
@@ -100,6 +105,7 @@ def compensate(
     values: Mapping[str, jax.typing.ArrayLike],
     *,
     damping: float = 0.01,
+    call: Callable[[Any, Any], Any] = call_model,
 ) -> dict[str, float]:
     """Sets budgets and projects onto them so that layers' outputs move least, in place.
 
@@ -112,19 +118,28 @@ def compensate(
       batches: inputs, each given to the model as its only argument. A few hundred examples do.
       values: terms per group by layer path, as for `stp_jax.set_budgets`.
       damping: as for `stp_jax.terms.project_compensated`.
+      call: how to call the model on a batch otherwise.
 
     Returns:
       Layer path → the squared error of its outputs, over the error without compensation. Layers
       that are neither dense nor a convolution without channel groups are left out and unchanged.
 
     Raises:
-      ValueError: there is no batch, or no layer takes part.
+      ValueError: there is no batch, no layer takes part, or one runs inside a scan or vmap, where
+        its inputs cannot be seen.
+      TypeError: batches is an array.
     """
+    check_batches(batches)
     layers = quantized_layers(model)
     paths = [path for path, quantized in layers.items() if _takes_part(quantized)]
     if not paths:
         raise ValueError("no quantized layer is dense or a convolution without channel groups")
-    grams = _observe(model, paths, batches)
+    try:
+        grams = _observe(model, paths, batches, call)
+    except jax.errors.UnexpectedTracerError:
+        raise ValueError(
+            "a quantized layer runs inside a scan, vmap or the like; its inputs cannot be seen"
+        ) from None
     set_budgets(model, values)
     search_weight_scales(model)
     ratios = {}

@@ -7,6 +7,7 @@ back to float for what stands between the layers (bias, normalisation, activatio
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from stp_jax.integration.nnx import QuantizedLayer, Quantizer, quantized_layers
+from stp_jax.integration.nnx import QuantizedLayer, Quantizer, product_hook, quantized_layers
 from stp_jax.terms.activations import activation_integers
 from stp_jax.terms.encodings import digit_planes, num_digits
 
@@ -81,15 +82,12 @@ class IntegerProduct(nnx.Module):
         return total
 
 
-_PRODUCTS = {nnx.Conv: "conv_general_dilated", nnx.Linear: "dot_general"}
-
-
 def integer_model(model: nnx.Module, *, arithmetic: Arithmetic = "multiply") -> nnx.Module:
     """A copy of an STP model whose quantized layers compute in integers.
 
     Args:
-      model: a calibrated STP model whose quantized layers are Conv or Linear, with calibrated or
-        learned activation scales.
+      model: a calibrated STP model whose quantized layers are Conv, Linear or LinearGeneral (as in
+        attention) without batch axes, with calibrated or learned activation scales.
       arithmetic: ``multiply`` for integer products, ``shift_add`` for shifts and additions of the
         weights' terms. Both give the same integers.
 
@@ -110,9 +108,12 @@ def integer_model(model: nnx.Module, *, arithmetic: Arithmetic = "multiply") -> 
 
 def _to_integers(path: str, quantized: QuantizedLayer, arithmetic: Arithmetic) -> None:
     layer, quantizer = quantized
-    hook = next((name for kind, name in _PRODUCTS.items() if type(layer) is kind), None)
+    hook = product_hook(layer)
     if hook is None:
-        raise ValueError(f"layer {path!r}: integer {type(layer).__name__} is not supported")
+        raise ValueError(
+            f"layer {path!r}: integer {type(layer).__name__} is not supported; keep it float with "
+            f"Rule(path={re.escape(path)!r}, keep_float=True) before the other rules"
+        )
     if quantizer.rule.activations not in ("learned", "calibrated"):
         raise ValueError(
             f"layer {path!r}: integer arithmetic needs activations='learned' or 'calibrated' in "
@@ -123,9 +124,15 @@ def _to_integers(path: str, quantized: QuantizedLayer, arithmetic: Arithmetic) -
     if not quantizer.activation_scale[...] > 0:
         raise ValueError(f"layer {path!r}: its input has no scale yet; call stp_jax.calibrate")
     kernel = quantized.kernel
-    scale = quantizer.kernel_scale(kernel).reshape(-1)
+    scale = quantizer.kernel_scale(kernel)
+    if isinstance(layer, nnx.LinearGeneral):
+        scale = scale.reshape(layer.out_features)
+    else:
+        scale = scale.reshape(-1)
     integers = quantizer.integer_kernel(kernel)
     layer.kernel = nnx.Param(integers.astype(jnp.int8 if quantizer.rule.bits <= 8 else jnp.int32))
     layer.promote_dtype = nnx.data(IntegerOperands(quantizer))
-    product = IntegerProduct(quantizer, scale, getattr(layer, hook), arithmetic)
+    product = IntegerProduct(
+        quantizer, scale, getattr(layer, hook) or jax.lax.dot_general, arithmetic
+    )
     setattr(layer, hook, nnx.data(product))

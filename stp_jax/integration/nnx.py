@@ -211,8 +211,41 @@ def _kernel_layers(model: nnx.Module) -> Iterator[tuple[str, Layer]]:
     return iter(sorted(found, key=lambda item: item[0]))
 
 
+_PRODUCTS: dict[type, str] = {
+    nnx.Conv: "conv_general_dilated",
+    nnx.Linear: "dot_general",
+    nnx.LinearGeneral: "dot_general",
+}
+
+
+def product_hook(layer: Layer) -> str | None:
+    """The attribute that computes the layer's product, None if there is none to take."""
+    if isinstance(layer, nnx.LinearGeneral) and (layer.dot_general_cls or layer.batch_axis):
+        return None
+    return next((hook for kind, hook in _PRODUCTS.items() if isinstance(layer, kind)), None)
+
+
+def check_nnx(model: object) -> None:
+    """Raises TypeError unless the model is an NNX module; says what to use for a Linen one."""
+    if isinstance(model, nnx.Module):
+        return
+    linen = [kind.__module__ for kind in type(model).__mro__]
+    if "flax.linen.module" in linen or type(model).__name__ == "QuantizedModule":
+        raise TypeError(
+            f"this function takes an nnx.Module; {type(model).__name__} is a Linen model: what "
+            "there is for it are methods of what stp_jax.quantize returns, which take its "
+            "variables, as model.calibrate(variables, batches)"
+        )
+    raise TypeError(f"expected an nnx.Module, got {type(model).__name__}")
+
+
 def kernel_paths(model: nnx.Module) -> list[str]:
-    """Dotted paths of the layers that a rule can name; the model may be abstract."""
+    """Dotted paths of the layers that a rule can name; the model may be abstract.
+
+    Raises:
+      TypeError: the model is no `nnx.Module`.
+    """
+    check_nnx(model)
     return [path for path, _ in _kernel_layers(model)]
 
 
@@ -254,7 +287,9 @@ def quantized_layers(model: nnx.Module) -> dict[str, QuantizedLayer]:
 
     Raises:
       ValueError: the model has none.
+      TypeError: the model is no `nnx.Module`.
     """
+    check_nnx(model)
     layers = {
         path: QuantizedLayer(layer, layer.promote_dtype)
         for path, layer in _kernel_layers(model)
@@ -278,21 +313,33 @@ def budgets(model: nnx.Module) -> dict[str, Any]:
     }
 
 
-def set_budgets(model: nnx.Module, values: Mapping[str, jax.typing.ArrayLike]) -> None:
-    """Sets terms per group by layer path, in place; nothing recompiles.
+def _check_paths(values: Mapping[str, Any], layers: Mapping[str, QuantizedLayer]) -> None:
+    unknown = sorted(set(values) - set(layers))
+    if unknown:
+        raise ValueError(
+            f"no quantized layer at {', '.join(unknown)}; there are: {', '.join(layers)}"
+        )
+
+
+def set_budgets(
+    model: nnx.Module, values: Mapping[str, jax.typing.ArrayLike] | jax.typing.ArrayLike
+) -> None:
+    """Sets terms per group, in place; nothing recompiles.
 
     A relaxed budget becomes a whole one again.
+
+    Args:
+      model: an STP model.
+      values: by layer path, or one number for all layers that have a budget rule.
 
     Raises:
       ValueError: a path is not a quantized layer, or a budget is out of its range. Nothing is
         set then.
     """
     layers = quantized_layers(model)
-    unknown = sorted(set(values) - set(layers))
-    if unknown:
-        raise ValueError(
-            f"no quantized layer at {', '.join(unknown)}; there are: {', '.join(layers)}"
-        )
+    if not isinstance(values, Mapping):
+        values = dict.fromkeys(budgets(model), values)
+    _check_paths(values, layers)
     new = {}
     for path, value in values.items():
         quantizer = layers[path].quantizer
@@ -341,7 +388,23 @@ def relaxed_budgets(model: nnx.Module) -> dict[str, jax.Array]:
     return found
 
 
-def calibrate(model: nnx.Module, batches: Iterable[Any]) -> None:
+def call_model(model: Any, batch: Any) -> Any:
+    """The model's output for a batch that is its only argument."""
+    return model(batch)
+
+
+def check_batches(batches: object) -> None:
+    """Raises TypeError if batches is one array, whose examples would pass for batches."""
+    if isinstance(batches, np.ndarray | jax.Array):
+        raise TypeError(f"batches must be a list of batches; give [x] for one of {batches.shape}")
+
+
+def calibrate(
+    model: nnx.Module,
+    batches: Iterable[Any],
+    *,
+    call: Callable[[Any, Any], Any] = call_model,
+) -> None:
     """Sets the scale of every layer's input from example batches, in place.
 
     Each scale is the one of least squared error on its batch, the largest over the batches. The
@@ -350,15 +413,18 @@ def calibrate(model: nnx.Module, batches: Iterable[Any]) -> None:
 
     Args:
       batches: inputs, each given to the model as its only argument.
+      call: how to call the model on a batch otherwise, as ``lambda model, batch: model(*batch)``.
 
     Raises:
       ValueError: there is no batch.
+      TypeError: batches is an array.
     """
+    check_batches(batches)
     layers = quantized_layers(model).values()
 
     @nnx.jit
     def observe(model: nnx.Module, batch: Any) -> None:
-        model(batch)
+        call(model, batch)
 
     for _, quantizer in layers:
         quantizer.calibrating = True
@@ -374,10 +440,23 @@ def calibrate(model: nnx.Module, batches: Iterable[Any]) -> None:
         raise ValueError("calibration needs at least one batch of inputs")
 
 
-def search_weight_scales(model: nnx.Module) -> None:
-    """Sets every stored kernel scale to the best one at the layer's present budget, in place."""
-    for layer in quantized_layers(model).values():
-        layer.quantizer.search(layer.kernel)
+def search_weight_scales(
+    model: nnx.Module, *, importance: Mapping[str, jax.Array] | None = None
+) -> None:
+    """Sets every stored kernel scale to the best one at the layer's present budget, in place.
+
+    Args:
+      model: an STP model.
+      importance: weights of the squared errors by layer path, of the kernel's shape (see
+        `stp_jax.squared_gradients`); ones where there are none.
+
+    Raises:
+      ValueError: a path is not a quantized layer.
+    """
+    layers, importance = quantized_layers(model), importance or {}
+    _check_paths(importance, layers)
+    for path, layer in layers.items():
+        layer.quantizer.search(layer.kernel, importance.get(path))
 
 
 def project_params(
@@ -391,9 +470,14 @@ def project_params(
 
     Returns:
       The `nnx.Param` state: targets for `stp_jax.terms.guide`, or new values for the model.
+
+    Raises:
+      ValueError: a path is not a quantized layer, or a budget is out of its range.
     """
     model = nnx.clone(model)
-    for path, (layer, quantizer) in quantized_layers(model).items():
+    layers = quantized_layers(model)
+    _check_paths(values or {}, layers)
+    for path, (layer, quantizer) in layers.items():
         kernel = _kernel(layer)
         kernel[...] = quantizer.project_kernel(kernel[...], (values or {}).get(path))
     return nnx.state(model, nnx.Param)

@@ -92,10 +92,14 @@ def error_curves(
 
     Raises:
       ValueError: a rule uses another encoding or method, whose curves need not be convex, or
-        layers are stacked.
+        layers are stacked, or importance lacks a layer.
     """
     curves = {}
-    for path, quantized in _single_layers(model).items():
+    layers = _single_layers(model)
+    missing = [path for path in layers if path not in (importance or layers)]
+    if missing:
+        raise ValueError(f"importance lacks the layers {', '.join(missing)}")
+    for path, quantized in layers.items():
         quantizer, kernel = quantized.quantizer, quantized.kernel
         rule = quantizer.rule
         if rule.encoding != "naf" or rule.method != "optimal":

@@ -7,7 +7,8 @@ after the optimizer's own update, each guided weight moves a fraction of its way
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -21,15 +22,21 @@ class GuideState(NamedTuple):
     step: jax.Array
 
 
-def guide(strength: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+def guide(
+    strength: optax.ScalarOrSchedule,
+    *,
+    targets: Callable[[Any, jax.Array], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
     """Pulls parameters towards targets: ``update - strength * (param + update - target)``.
 
-    Chain it last, behind the optimizer. ``update`` takes a keyword ``targets``: a tree like the
-    parameters, equal to them where nothing is to be guided (`stp_jax.project_params` gives it).
-    With strength 1 the parameters land on their targets, with 0 nothing changes.
+    Chain it last, behind the optimizer. Targets are a tree like the parameters, equal to them where
+    nothing is to be guided (`stp_jax.project_params` gives it). With strength 1 the parameters land
+    on their targets, with 0 nothing changes.
 
     Args:
       strength: the fraction of the distance per step, in [0, 1], or a schedule of it.
+      targets: (parameters, step) → targets (`stp_jax.guidance` makes it for a model). None: each
+        ``update`` takes them as a keyword ``targets``.
 
     Raises:
       ValueError: a constant strength outside [0, 1], or ``update`` without params or targets.
@@ -41,8 +48,12 @@ def guide(strength: optax.ScalarOrSchedule) -> optax.GradientTransformationExtra
         del params
         return GuideState(step=jnp.zeros([], jnp.int32))
 
+    find = targets
+
     def update(updates, state, params=None, *, targets=None, **extra):
         del extra
+        if params is not None and find is not None:
+            targets = find(params, state.step)
         if params is None or targets is None:
             raise ValueError("guide needs params and targets: tx.update(g, s, params, targets=…)")
         pull = strength(state.step) if callable(strength) else strength

@@ -1,18 +1,22 @@
 """What the pages generate from the code: published numbers, and nothing left out."""
 
 import dataclasses
+import html
 import importlib
 import inspect
 import pkgutil
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
+import jax
 import numpy as np
 import pytest
 
-import experiments
 import stp_jax
-from experiments.config import Config
+from experiments import configs
+from experiments.config import Config, config_sections
+from experiments.run import main
 from stp_jax import hwmodel
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -49,8 +53,8 @@ def test_what_the_encodings_page_says_of_break_even(hooks):
     assert all(cost["gaussian"] > 0.9 * even for cost in costs.values())
 
 
-def test_every_configuration_key_is_listed_once(hooks):
-    sections = hooks.config_sections(Config)
+def test_every_configuration_key_is_listed_once():
+    sections = config_sections(Config)
     listed = [key.name for keys in sections.values() for key in keys]
     assert listed == [field.name for field in dataclasses.fields(Config)]
     assert all(sections)  # each under a heading
@@ -58,11 +62,33 @@ def test_every_configuration_key_is_listed_once(hooks):
     assert "None" in remarks["budget"] and "\n" not in "".join(remarks.values())
 
 
+def test_every_key_of_the_other_experiments_is_listed(hooks):
+    kinds = {name: type(configs.load(name).CONFIG) for name in configs.names()}
+    others = {name: kind for name, kind in kinds.items() if kind is not Config}
+    sections = re.split(r"^### `(\w+)`$", hooks.other_configs(), flags=re.MULTILINE)[1:]
+    assert sections[::2] == sorted(others)
+    for name, keys in zip(sections[::2], sections[1::2], strict=True):
+        listed = re.findall(r"^\| `(\w+)`", keys, re.MULTILINE)
+        assert listed == [field.name for field in dataclasses.fields(others[name])]
+
+
 def test_every_mark_generates_something(hooks):
     for page in DOCS.rglob("*.md"):
         generated = hooks.generate(page.read_text())
         assert "generate:" not in generated
         assert not re.search(r"^(\| ---)+ \|\n(?!\|)", generated, re.MULTILINE), page  # no rows
+
+
+def test_every_equation_becomes_mathml(hooks):
+    pytest.importorskip("latex2mathml")
+    for page in DOCS.glob("*.md"):
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for written in re.findall(r"\\\(.+?\\\)|\\\[.+?\\\]", text, re.DOTALL):
+            marked = f'<span class="arithmatex">{html.escape(written)}</span>'
+            tree = ElementTree.fromstring(hooks.equations(marked))
+            assert tree.tag.endswith("math")
+            # An unknown command stays as it is written.
+            assert "\\" not in "".join(tree.itertext()), written
 
 
 def packages():
@@ -97,10 +123,14 @@ def test_the_page_on_adding_an_encoding_speaks_of_the_present_file():
     assert removed and all(line in source for line in removed)
 
 
-def test_the_work_folder_holds_what_the_page_says():
+def test_the_work_folder_holds_what_the_page_says(tmp_path):
     page = (DOCS / "experiments.md").read_text()
     _, table, _ = re.split(r"## The work folder|\*\*Resume", page, maxsplit=2)
     names = re.findall(r"^\| `([\w.]+)", table, re.MULTILINE)
-    sources = "".join(p.read_text() for p in Path(experiments.__file__).parent.glob("*.py"))
-    assert len(names) == 7
-    assert all(f'"{name}"' in sources for name in names), names
+    small = ["model_options.hidden=8", "batch_size=1024", "eval_batch_size=512"]
+    short = ["float_epochs=1", "guided_epochs=0", "retrain_epochs=0", "calibration_batches=1"]
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        workdir = tmp_path / "run"
+        status = main(["--exp=stp_mlp", f"--workdir={workdir}", "--set", *small, *short])
+    assert status == 0
+    assert sorted(names) == sorted(path.name for path in workdir.iterdir())

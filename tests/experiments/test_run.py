@@ -22,11 +22,12 @@ from experiments.run import claim, main
 SMALL = [
     "float_epochs=2",
     "guided_epochs=0.5",
+    "budgeted_epochs=0.5",
     "retrain_epochs=1",
     "calibration_batches=1",
     "checkpoint_every=2",
 ]
-STAGES = ("float", "guided", "retrained")
+STAGES = ("float", "guided", "budgeted", "retrained")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -116,6 +117,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(finished, tmp_path):
     code, err = interrupt(arguments, workdir, "guided", signal.SIGTERM)
     assert code == 128 + signal.SIGTERM, err
     assert "SIGTERM; run the same command again to continue" in err and "Traceback" not in err
+    code, _ = interrupt(arguments, workdir, "budgeted", signal.SIGKILL)
+    assert code == -signal.SIGKILL, "the run ended before it could be killed"
     code, _ = interrupt(arguments, workdir, "retrained", signal.SIGKILL)
     assert code == -signal.SIGKILL, "the run ended before it could be killed"
     code, out, err = run(*arguments)
@@ -286,6 +289,33 @@ def test_wrong_runs_fail_before_any_work(arguments, message, tmp_path):
     assert code == 2
     assert message in err and "Traceback" not in err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ('{"layers.9": 3}', "for these layers: layers.0, layers.2"),
+        ('{"layers.0": 3, "layers.2": 33}', "layers.2 must have a whole number of terms"),
+    ],
+)
+def test_wrong_budgets_by_hand_fail_before_any_work(text, message, tmp_path, capsys):
+    (tmp_path / "budgets.json").write_text(text)
+    workdir = tmp_path / "run"
+    setting = f"budgets={tmp_path / 'budgets.json'}"
+    assert main(["--exp=stp_mlp", f"--workdir={workdir}", "--set", setting]) == 2
+    assert message in capsys.readouterr().err and not workdir.exists()
+
+
+def test_help_describes_the_keys_of_the_experiment(capsys):
+    with pytest.raises(SystemExit):
+        main(["--exp=stp_mlp", "--help"])
+    shown = capsys.readouterr().out
+    assert "distill=0.5" in shown and "weight of the float model's soft labels" in shown
+    with pytest.raises(SystemExit):
+        main(["--help", "--exp=hw_compare"])
+    shown = capsys.readouterr().out
+    assert "image_size=224" in shown and "distill" not in shown
 
 
 def test_hw_compare_sets_all_processing_elements_side_by_side(tmp_path):

@@ -84,6 +84,20 @@ def test_mistakes_are_named():
     uncalibrated = stp_jax.quantize(Net(), Policy([Rule(path=".*", **rule)]))
     with pytest.raises(ValueError, match=r"call stp_jax\.calibrate"):
         stp_jax.integer_model(uncalibrated)
-    general = nnx.LinearGeneral(8, 4, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="integer LinearGeneral is not supported"):
-        stp_jax.integer_model(stp_jax.quantize(general, Policy([Rule(path=".*", **rule)])))
+    other = nnx.Einsum("bi,io->bo", (8, 4), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"Einsum is not supported; keep it float with Rule\(path"):
+        stp_jax.integer_model(stp_jax.quantize(other, Policy([Rule(path=".*", **rule)])))
+
+
+@pytest.mark.parametrize("arithmetic", ["multiply", "shift_add"])
+def test_attention_computes_in_integers(arithmetic):
+    attention = nnx.MultiHeadAttention(
+        num_heads=2, in_features=8, decode=False, kernel_init=jax.nn.initializers.normal(0.5),
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    model = stp_jax.quantize(attention, Policy([Rule(path=".*", budget=9)]))
+    x = jax.random.normal(jax.random.key(1), (2, 5, 8))
+    stp_jax.calibrate(model, [x])
+    integer = stp_jax.integer_model(model, arithmetic=arithmetic)
+    assert integer.query.kernel[...].dtype == jnp.int8
+    np.testing.assert_allclose(integer(x), model(x), rtol=1e-4, atol=1e-5)

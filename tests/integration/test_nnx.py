@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import stp_jax
@@ -375,3 +376,64 @@ def test_mistakes_are_named():
         stp_jax.quantize(split, policy())
     with pytest.raises(ValueError, match="name the kernel's axes"):
         stp_jax.quantize(nnx.Einsum("nc,...cd->n...d", (2, 8, 3), rngs=rngs()), policy())
+
+
+def test_a_number_sets_every_budget_and_names_are_checked():
+    model = stp_jax.quantize(
+        nnx.Sequential(nnx.Linear(8, 8, rngs=rngs()), nnx.Linear(8, 4, rngs=rngs())),
+        Policy([Rule(path="layers.0"), Rule(path=".*", budget=7)]),
+    )
+    stp_jax.set_budgets(model, 3)
+    assert stp_jax.budgets(model) == {"layers.1": 3}
+    with pytest.raises(ValueError, match=r"no quantized layer at layer\.1; there are: layers\.0"):
+        stp_jax.project_params(model, {"layer.1": 3})
+    with pytest.raises(ValueError, match="no quantized layer at fc"):
+        stp_jax.search_weight_scales(model, importance={"fc": jnp.ones((8, 4))})
+
+
+def test_linen_models_are_told_apart():
+    model = stp_jax.quantize(linen.Dense(4), policy(budget=7))
+    for function in (stp_jax.budgets, stp_jax.kernel_paths, stp_jax.integer_model):
+        with pytest.raises(
+            TypeError, match=r"is a Linen model: .* methods of what stp_jax\.quantize"
+        ):
+            function(model)
+    with pytest.raises(TypeError, match="expected an nnx.Module, got dict"):
+        stp_jax.budgets({})
+
+
+class Scaled(nnx.Module):
+    """A layer whose call takes two arguments."""
+
+    def __init__(self, rngs):
+        self.fc = nnx.Linear(8, 4, rngs=rngs)
+
+    def __call__(self, x, factor):
+        return self.fc(x * factor)
+
+
+def test_calibration_calls_the_model_as_told():
+    model = stp_jax.quantize(Scaled(rngs()), policy(budget=7))
+    stp_jax.calibrate(model, [(X[0, 0], 3.0)], call=lambda model, batch: model(*batch))
+    alone = stp_jax.quantize(Scaled(rngs()).fc, policy(budget=7))
+    stp_jax.calibrate(alone, [3.0 * X[0, 0]])
+    scales = [m.promote_dtype.activation_scale[...] for m in (model.fc, alone)]
+    np.testing.assert_array_equal(*scales)
+    with pytest.raises(TypeError, match="give \\[x\\] for one of"):
+        stp_jax.calibrate(alone, X[0, 0])
+
+
+def test_guidance_needs_no_change_of_the_train_step():
+    model = stp_jax.quantize(nnx.Linear(8, 4, rngs=rngs()), policy(budget=7, activations="none"))
+    tx = optax.chain(optax.sgd(0.0), stp_jax.guidance(model, 1.0, budgets={"": 2}))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    goal = stp_jax.project_params(model, {"": 2})["kernel"][...]
+
+    @nnx.jit
+    def step(model, optimizer):
+        optimizer.update(model, nnx.grad(lambda model: jnp.sum(model(X)))(model))
+
+    step(model, optimizer)
+    np.testing.assert_allclose(model.kernel[...], goal, rtol=1e-6)
+    with pytest.raises(ValueError, match="no quantized layer at fc"):
+        stp_jax.guidance(model, 0.1, budgets={"fc": 2})

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stp_jax.terms import allocate_budgets
+from stp_jax.terms import allocate_budgets, round_budgets
 
 # Falling gains, summed from the far end: a convex, non-increasing curve that ends at 0.
 GAINS = st.lists(st.integers(0, 50), min_size=2, max_size=5)
@@ -89,3 +89,17 @@ def test_mistakes_are_named():
         allocate_budgets({"a": curve, "b": curve}, {"a": 1, "b": 1}, 1)
     with pytest.raises(ValueError, match=r"minimum 2 is outside its budgets \[0, 1\]"):
         allocate_budgets({"a": curve}, {"a": 1}, 3, minimum=2)
+
+
+def test_rounded_budgets_are_the_nearest_that_the_total_allows():
+    relaxed, costs = {"a": 2.7, "b": 5.2, "c": 0.1}, {"a": 1.0, "b": 1.0, "c": 1.0}
+    assert round_budgets(relaxed, costs, 100, largest=8) == {"a": 3, "b": 5, "c": 1}
+    tight = round_budgets(relaxed, costs, 8, largest=8)
+    assert sum(tight.values()) == 8
+    distances = {
+        ks: sum((k - b) ** 2 for k, b in zip(ks, relaxed.values(), strict=True))
+        for ks in itertools.product(range(1, 9), repeat=3)
+        if sum(ks) <= 8
+    }
+    assert tuple(tight.values()) == min(distances, key=distances.get)
+    assert round_budgets({"a": 12.0}, {"a": 1.0}, 100, largest=8) == {"a": 8}

@@ -12,6 +12,7 @@ from stp_jax.terms import (
     project,
     project_scaled,
     quantize_weights,
+    quantize_weights_relaxed,
     search_scale,
 )
 from stp_jax.terms.quantizers import merge_axes
@@ -147,3 +148,29 @@ def test_mistakes_are_named():
         project_scaled(W, SCALE, 1.5, axes=(1,), fmt=FORMAT)
     with pytest.raises(ValueError, match="candidates"):
         search_scale(W, 4, axes=(1,), scale_axes=(0, 1), candidates=0)
+
+
+def test_relaxed_budgets_lie_between_whole_ones():
+    w = jax.random.normal(jax.random.key(0), (24, 3))
+    scale = 1.01 * max_scale(w, axes=(0,))  # nothing is clipped
+    cotangent = jax.random.normal(jax.random.key(1), w.shape)
+
+    def whole(k):
+        return quantize_weights(w, scale, k, axes=(0,))
+
+    @jax.jit
+    def relaxed(budget, w=w):
+        return quantize_weights_relaxed(w, scale, budget, axes=(0,))
+
+    for k in (0, 5, 31):
+        np.testing.assert_array_equal(relaxed(float(k)), whole(k))
+        between = 0.75 * whole(k) + 0.25 * whole(k + 1)
+        np.testing.assert_allclose(relaxed(k + 0.25), between, rtol=1e-6, atol=1e-7)
+        gradient = jax.grad(lambda b: jnp.sum(cotangent * relaxed(b)))(k + 0.25)
+        expected = jnp.sum(cotangent * (whole(k + 1) - whole(k)))
+        np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(relaxed(40.0), whole(32))
+    assert jax.grad(lambda b: jnp.sum(relaxed(b)))(40.0) == 0.0
+    # Straight through to the weights, as at whole budgets.
+    through = jax.grad(lambda w: jnp.sum(cotangent * relaxed(5.5, w)))(w)
+    np.testing.assert_allclose(through, cotangent, rtol=1e-6)

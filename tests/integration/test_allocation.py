@@ -1,0 +1,107 @@
+"""Budgets by layer: what a term costs, and what a total buys."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import stp_jax
+from stp_jax import Policy, Rule, hwmodel
+
+IMAGE = jnp.zeros((1, 8, 8, 16))
+
+
+class Net(nnx.Module):
+    """A convolution of many uses and a large dense layer of one."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(16, 16, (3, 3), rngs=rngs)
+        self.fc = nnx.Linear(16, 64, rngs=rngs)
+
+    def __call__(self, x):
+        return self.fc(self.conv(x).mean(axis=(1, 2)))
+
+
+def build():
+    return stp_jax.quantize(Net(nnx.Rngs(0)), Policy([Rule(path=".*", budget=8)]))
+
+
+def test_costs_are_shares_of_one_term_per_weight():
+    model = build()
+    groups = {"conv": 9 * 2 * 16, "fc": 2 * 64}
+    weights = sum(groups.values()) * 8
+    costs = stp_jax.term_costs(model)
+    assert costs == pytest.approx({path: n / weights for path, n in groups.items()})
+    # 8 terms in every group of 8 are one term per weight, whatever is counted.
+    for per in ("terms", "cycles", "energy", "balanced"):
+        costs = stp_jax.term_costs(model, per=per, example=IMAGE)
+        assert sum(8 * cost for cost in costs.values()) == pytest.approx(1.0)
+
+
+def test_energy_counts_each_use_and_cycles_are_the_arrays():
+    model = build()
+    energy = stp_jax.term_costs(model, per="energy", example=IMAGE)
+    assert energy["conv"] / energy["fc"] == pytest.approx(9 * 2 * 16 * 64 / (2 * 64))
+    array = hwmodel.Array(rows=4, cols=4, pe=hwmodel.GroupPE(group_size=8, grouping="channels"))
+    network = hwmodel.trace(model, IMAGE)
+    more, less = (hwmodel.evaluate(network, array, budgets=k).cycles for k in (6, 5))
+    cycles = stp_jax.term_costs(model, per="cycles", example=IMAGE, array=array)
+    assert cycles["conv"] / cycles["fc"] == pytest.approx(
+        (more - less)[network.names.index("conv")] / (more - less)[network.names.index("fc")]
+    )
+    both = stp_jax.term_costs(model, per="balanced", example=IMAGE)
+    terms = stp_jax.term_costs(model)
+    assert both["fc"] == pytest.approx((energy["fc"] + terms["fc"]) / 2)
+
+
+def test_allocation_keeps_to_its_total_and_beats_uniform_budgets():
+    model = build()
+    weight = {"conv": jnp.full((3, 3, 16, 16), 5.0), "fc": jnp.ones((16, 64))}
+    curves = stp_jax.error_curves(model, importance=weight)
+    for per in ("terms", "energy"):
+        budgets = stp_jax.allocate(model, 0.75, per=per, importance=weight, example=IMAGE)
+        costs = stp_jax.term_costs(model, per=per, example=IMAGE)
+        assert sum(costs[path] * k for path, k in budgets.items()) <= 0.75 * (1 + 1e-9)
+        error = sum(curves[path][k] for path, k in budgets.items())
+        assert error <= sum(curve[6] for curve in curves.values())
+
+
+def test_bad_requests_are_refused():
+    model = build()
+    with pytest.raises(ValueError, match="per must be one of terms, cycles, energy, balanced"):
+        stp_jax.allocate(model, 1.0, per="watts")
+    with pytest.raises(ValueError, match="'energy' needs an example input"):
+        stp_jax.allocate(model, 1.0, per="energy")
+    with pytest.raises(ValueError, match="importance lacks the layers fc"):
+        stp_jax.allocate(model, 1.0, importance={"conv": jnp.ones((3, 3, 16, 16))})
+
+
+def test_relaxed_budgets_train_and_become_whole_again():
+    model = build()
+    before = jax.tree.map(np.asarray, model(IMAGE + 1.0))
+    stp_jax.relax_budgets(model)
+    assert stp_jax.budgets(model) == {"conv": 8.0, "fc": 8.0}
+    np.testing.assert_array_equal(model(IMAGE + 1.0), before)
+    with pytest.raises(ValueError, match="relaxed; set_budgets makes them whole"):
+        stp_jax.integer_weights(model)
+    graphdef, budgets, rest = nnx.split(model, stp_jax.RelaxedBudget, ...)
+
+    def loss(budgets):
+        model = nnx.merge(graphdef, budgets, rest, copy=True)
+        priced = stp_jax.relaxed_budgets(model)
+        return jnp.sum(model(IMAGE + 1.0)), sum(priced.values())
+
+    grads = jax.grad(lambda b: loss(b)[0])(budgets)
+    step = jax.tree.map(lambda b: b + 1.0, budgets)
+    # Between whole budgets kernels are linear in theirs, and so is the last layer's output.
+    only_fc = jax.tree.map(lambda x: x, budgets)
+    only_fc["fc"] = step["fc"]
+    change = float(loss(only_fc)[0] - loss(budgets)[0])
+    assert float(jax.tree.leaves(grads["fc"])[0]) == pytest.approx(change, rel=1e-3, abs=1e-3)
+    assert float(loss(budgets)[1]) == 16.0
+    stp_jax.set_budgets(model, 5)
+    assert stp_jax.budgets(model) == {"conv": 5, "fc": 5}
+    assert isinstance(model.fc.promote_dtype.budget, stp_jax.Budget)
+    with pytest.raises(ValueError, match="no relaxed budget"):
+        stp_jax.relaxed_budgets(model)
