@@ -2,6 +2,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import tensorflow_datasets as tfds
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +13,10 @@ def hooks():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data_folder(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
+        yield

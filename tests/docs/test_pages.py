@@ -14,7 +14,6 @@ from pathlib import Path
 
 import jax
 import pytest
-import tensorflow_datasets as tfds
 
 from stp_jax.models import MODELS
 
@@ -28,13 +27,6 @@ PAGES = sorted(page for page in DOCS.rglob("*.md") if "```python" in page.read_t
 def lines(text):
     """Without the blanks at the ends of lines, which editors strip."""
     return [line.rstrip() for line in text.rstrip().splitlines()]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def data_folder(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
-        yield
 
 
 @pytest.fixture(autouse=True)
