@@ -406,11 +406,11 @@ def test_broken_topologies_name_their_line(content, message, tmp_path):
         ),
         (
             {"name": "x", "node_nm": 45, "energy_pj": {"a": {"value": -1, "source": ""}}},
-            "the value of a must be 0 or more",
+            "the value of a must be positive",
         ),
         (
             {"name": "x", "node_nm": 45, "energy_pj": {"a": {"value": NAN, "source": ""}}},
-            "the value of a must be 0 or more",
+            "the value of a must be positive",
         ),
         (
             {

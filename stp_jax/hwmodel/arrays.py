@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from stp_jax.hwmodel.network import Network
-from stp_jax.hwmodel.numeric import as_integer, as_real, ceil_div, check_numbers
+from stp_jax.hwmodel.numeric import as_integer, as_real, ceil_div, check_numbers, layer_integers
 from stp_jax.hwmodel.pes import PE, BitParallel
 
 Dataflow = Literal["is", "ws", "os"]
@@ -26,13 +26,16 @@ Dataflow = Literal["is", "ws", "os"]
 class Array:
     """A systolic array with its buffers; all numbers are pytree leaves, so designs vmap.
 
+    Gradients exist over buffer sizes and bandwidths; rows and columns are counted with and must be
+    traced as integers.
+
     Dataflows, in SCALE-Sim's terms (rows, columns, time), where a PE takes g reduction elements:
     ``is`` inputs resident: K/g, P, M; ``ws`` weights resident: K/g, M, P; ``os`` outputs
     resident: P, M, K/g. The paper's array is ``is``.
 
     Raises:
-      ValueError: a size is not a positive integer, a bandwidth not positive, or the dataflow
-        unknown.
+      ValueError: a size is not a positive integer below 2**53, rows or columns are traced as
+        reals, a bandwidth is not positive, or the dataflow is unknown.
     """
 
     rows: Any
@@ -52,7 +55,8 @@ class Array:
                 f"Array: dataflow must be one of {get_args(Dataflow)}, got {self.dataflow!r}"
             )
         buffers = ("ifmap_sram", "filter_sram", "ofmap_sram")
-        check_numbers("Array", **{n: getattr(self, n) for n in ("rows", "cols", *buffers)})
+        check_numbers("Array", rows=self.rows, cols=self.cols)
+        check_numbers("Array", continuous=True, **{n: getattr(self, n) for n in buffers})
         bandwidths = ("dram_bandwidth", "sram_bandwidth")
         check_numbers("Array", integers=False, **{n: getattr(self, n) for n in bandwidths})
 
@@ -95,10 +99,14 @@ class Folding:
 
 
 def fold(network: Network, array: Array, xp: Any = np) -> Folding:
-    """Maps each layer's reduction, positions and filters to rows, columns and time."""
-    K, P, M, groups = (xp.asarray(network.extents(name)) for name in ("K", "P", "M", "groups"))
+    """Maps each layer's reduction, positions and filters to rows, columns and time.
+
+    Raises:
+      ValueError: ``xp`` is JAX's and a layer's extent is 2**31 or more.
+    """
+    K, P, M, groups = (layer_integers(network, name, xp) for name in ("K", "P", "M", "groups"))
     reduction = array.pe.reduction_steps(network, xp)
-    rows, cols = (as_integer(size, xp) for size in (array.rows, array.cols))
+    rows, cols = as_integer(array.rows, xp, "rows"), as_integer(array.cols, xp, "cols")
     extents = {"is": (reduction, P, M), "ws": (reduction, M, P), "os": (P, M, reduction)}
     row_extent, col_extent, steps = extents[array.dataflow]
     integers = {

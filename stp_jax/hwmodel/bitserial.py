@@ -149,8 +149,9 @@ class DigitSerial(PE):
             + additions * self.lane_register_bits
             + operand_register_bits(
                 folding,
+                self.lanes,
                 folding.macs * WEIGHT_BITS,
-                folding.groups * folding.K * folding.M * WEIGHT_BITS,
+                self.lanes * WEIGHT_BITS,
             ),
             encoder=None,
             weight_bits=weight_bits,

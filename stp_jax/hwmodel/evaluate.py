@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from stp_jax.hwmodel.arrays import Array, fold
-from stp_jax.hwmodel.group_pe import Budgets
-from stp_jax.hwmodel.memory import memory_cycles, traffic
+from stp_jax.hwmodel.group_pe import Budgets, GroupPE
+from stp_jax.hwmodel.memory import Traffic, memory_cycles, traffic
 from stp_jax.hwmodel.network import Network
-from stp_jax.hwmodel.numeric import as_real, namespace, smooth_maximum
-from stp_jax.hwmodel.pes import PE, Profile, Workload
+from stp_jax.hwmodel.numeric import as_real, check_smoothing, namespace, smooth_maximum
+from stp_jax.hwmodel.pes import PE, BitParallel, Profile, Workload
 from stp_jax.hwmodel.report import Report
 from stp_jax.hwmodel.statistics import GroupTerms
-from stp_jax.hwmodel.technology import HOROWITZ_45NM, Technology
+from stp_jax.hwmodel.technology import HOROWITZ_45NM, SHIFT_MULTIPLEXERS, Technology
 
 
 def evaluate(
@@ -28,14 +32,15 @@ def evaluate(
 ) -> Report:
     """Evaluates every layer of a network on an array.
 
-    Pure and free of loops over elements: jit, vmap and grad apply over ``budgets``, the numbers of
-    ``array`` and the entries of ``technology``. Concrete numbers are computed exactly (integers to
-    2**53); traced ones in float32.
+    Pure and free of loops over elements: jit and vmap apply over ``budgets``, the numbers of
+    ``array`` and the entries of ``technology``, and grad over those of them that are continuous,
+    budgets, entries, buffer sizes and bandwidths. Concrete numbers are computed exactly (integers
+    to 2**53); traced ones in float32, for layers whose extents stay below 2**31.
 
     Cycles of a layer are ``folds * (2R + C - 2) + folds * T * k`` (k = 1 for `BitParallel`), plus
-    what memory adds if bandwidths are finite: the first fold's fill, and what exceeds the
-    computation, which double buffering otherwise hides. SCALE-Sim prints one cycle less a layer,
-    the index of the last one.
+    what memory adds if bandwidths are finite: the first fold's fill, and what the other transfers
+    exceed the computation by, which double buffering otherwise hides. SCALE-Sim prints one cycle
+    less a layer, the index of the last one.
 
     Args:
       network: the layers.
@@ -43,25 +48,27 @@ def evaluate(
       budgets: k of each layer, the most terms in a group, for PEs that have one: a number for all,
         one a layer in order, or by layer name. None, in whole or for a layer, and names left out
         stand for full precision, the layer as it is in int8: the most that a group of its
-        ``weights`` holds if they are given, else the most that any group can need,
-        ``pe.max_budget`` (32 for NAF, 8 bits, g = 8).
-      weights: integer weights by layer name (HWIO, or in by out), or what `measure_terms` made of
-        them. Empty slots cost their cycle but switch nothing; without weights every slot is taken
-        to be full.
+        ``weights`` holds if they are given, else the most that any of its groups can need
+        (``pe.max_budget``, 32 for NAF, 8 bits, g = 8, or less where the reduction is below g).
+      weights: integer weights by layer name (HWIO, or in by out; see `weight_matrix`), or what
+        `measure_terms` made of them. Empty slots cost their cycle but switch nothing; without
+        weights every slot is taken to be full that the group's weights can fill.
       activations: integer inputs by layer name, for PEs whose cycles depend on them: (N, H, W, C)
         with ``SAME`` padding around them, or patches (P, K).
       technology: energy per event.
-      smoothing: 0 for the exact model; above, a differentiable surrogate for relaxed budgets, in
-        which every kink is rounded over this fraction of its operands (see `smooth_maximum`).
+      smoothing: 0 for the exact model; above and below 1, a differentiable surrogate for relaxed
+        budgets, in which every kink is rounded over this fraction of its operands (see
+        `smooth_maximum`).
 
     Returns:
       A report of vectors over layers.
 
     Raises:
-      ValueError: budgets that are negative, above ``pe.max_budget``, not whole, below what the
-        given weights hold, of the wrong number or for an unknown name; budgets for a PE that has
-        none; operands that the PE's cycles depend on are missing; a technology without an entry
-        that is needed.
+      ValueError: budgets that are negative, above ``pe.max_budget``, not whole (unless they are
+        relaxed), below what the given weights hold, of the wrong number or for an unknown name;
+        budgets for a PE that has none; operands that the PE's cycles depend on are missing, in
+        another layout or measured on another network; a technology without an entry that is
+        needed; smoothing out of range; an extent of 2**31 or more in a traced evaluation.
       TypeError: an argument is of another kind.
 
     >>> from stp_jax import hwmodel
@@ -72,8 +79,9 @@ def evaluate(
     >>> hwmodel.evaluate(network, ours, budgets={"fc": 8}).cycles.tolist()
     [16188]
     """
-    _check_kinds(network, array, technology)
-    xp = namespace(array, budgets, technology)
+    _check_kinds(network, array, weights, technology)
+    check_smoothing(smoothing)
+    xp = namespace(array, budgets)
     folding = fold(network, array, xp)
     work = Workload(
         network=network,
@@ -85,14 +93,17 @@ def evaluate(
     )
     profile = array.pe.profile(work, xp)
     moved = traffic(network, array, folding, profile.weight_bits, xp, smoothing)
+    # A traced technology makes energies traced, while the counts remain exact.
+    energies = _energy(array, technology, profile, moved, namespace(array, budgets, technology))
     compute = folding.fill_cycles + profile.cycles
     first_fill = moved.first_fill_bytes / as_real(array.dram_bandwidth, xp)
-    memory = memory_cycles(array, moved, xp, smoothing)
+    memory = memory_cycles(array, moved, xp, smoothing)  # what the first fill leaves
     stalls = first_fill + smooth_maximum(memory, compute, smoothing, xp) - compute
     cycles = compute + stalls
     places = folding.rows * folding.cols
-    return Report(
+    report = Report(
         network=network,
+        node_nm=technology.node_nm,
         budgets=profile.budgets,
         cycles=cycles,
         stall_cycles=stalls,
@@ -100,37 +111,64 @@ def evaluate(
         operations={"macs": folding.macs, "terms": profile.terms},
         accesses=moved.accesses,
         dram_bytes=moved.dram_bytes,
-        energy_pj=_energy(array, technology, profile, moved, xp),
-    ).rounded()
+        sram_bytes=moved.sram_bytes,
+        energy_pj=energies,
+    )
+    # A transformation would make int32 of whole counts, which wraps.
+    traced = namespace(report) is not np
+    return jax.tree.map(lambda x: as_real(x, jnp), report) if traced else report.rounded()
 
 
-def _check_kinds(network: object, array: object, technology: object) -> None:
+def _check_kinds(network: object, array: object, weights: object, technology: object) -> None:
     if not isinstance(network, Network):
         raise TypeError(f"network must be a hwmodel.Network, got {type(network).__name__}")
     if not isinstance(array, Array):
         raise TypeError(f"array must be a hwmodel.Array, got {type(array).__name__}")
     if not isinstance(array.pe, PE):
         raise TypeError(f"the array's pe must be one of hwmodel's PEs, got {array.pe!r}")
+    if weights is not None and not isinstance(weights, Mapping | GroupTerms):
+        raise TypeError(
+            "weights must be a mapping from layer names to integers, or what measure_terms "
+            f"returns, got {type(weights).__name__}"
+        )
+    if isinstance(weights, GroupTerms) and not isinstance(array.pe, GroupPE | BitParallel):
+        raise TypeError(
+            f"{type(array.pe).__name__} reads the weights' digits: weights must be a mapping from "
+            "layer names to integers, not the GroupTerms of measure_terms, which are for GroupPE"
+        )
     if not isinstance(technology, Technology):
         raise TypeError(
             f"technology must be a hwmodel.Technology (see read_technology), got {technology!r}"
         )
 
 
-def _energy(array: Array, technology: Technology, profile: Profile, moved: Any, xp: Any) -> dict:
+def _energy(
+    array: Array, technology: Technology, profile: Profile, moved: Traffic, xp: Any
+) -> dict:
     encoder = [] if profile.encoder is None else [profile.encoder]
-    technology.require([*profile.events, *encoder, "register_bit", "dram_64b"])
+    selection = [] if profile.selections is None else ["int8_shift"]
+    needed = [*profile.events, *encoder, *selection, "register_bit", "dram_64b"]
+    technology.require(needed)
     pj = technology.energy_pj
-    zero = xp.zeros_like(profile.cycles)
-    encodes = moved.accesses["sram_filter_read"]
-    buffers = {name: getattr(array, f"{name}_sram") for name in moved.sram_bytes}
+    counts = {
+        "events": profile.events,
+        "encoded": moved.accesses["sram_filter_read"] * profile.encoded_share,
+        "selections": profile.selections,
+        "register_bits": profile.register_bits,
+        "sram_bytes": moved.sram_bytes,
+        "dram_bytes": moved.dram_bytes,
+    }
+    counts = jax.tree.map(lambda x: as_real(x, xp), counts)
+    zero = xp.zeros_like(counts["dram_bytes"])
+    buffers = {name: as_real(getattr(array, f"{name}_sram"), xp) for name in moved.sram_bytes}
     return {
-        "array": sum((n * pj[event] for event, n in profile.events.items()), zero),
-        "encoder": sum((encodes * pj[entry] for entry in encoder), zero),
-        "registers": profile.register_bits * pj["register_bit"],
+        "array": sum((n * pj[event] for event, n in counts["events"].items()), zero),
+        "select": sum((counts["selections"] * pj[e] / SHIFT_MULTIPLEXERS for e in selection), zero),
+        "encoder": sum((counts["encoded"] * pj[entry] for entry in encoder), zero),
+        "registers": counts["register_bits"] * pj["register_bit"],
         "sram": sum(
-            moved.sram_bytes[name] * technology.sram_pj_per_byte(as_real(size, xp), xp)
+            counts["sram_bytes"][name] * technology.sram_pj_per_byte(size, xp)
             for name, size in buffers.items()
         ),
-        "dram": moved.dram_bytes / 8.0 * pj["dram_64b"],
+        "dram": counts["dram_bytes"] / 8.0 * pj["dram_64b"],
     }

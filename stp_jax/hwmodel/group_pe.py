@@ -23,7 +23,9 @@ from stp_jax.hwmodel.numeric import (
     as_real,
     ceil_div,
     check_numbers,
+    layer_integers,
     smooth_maximum,
+    smooth_minimum,
 )
 from stp_jax.hwmodel.pes import (
     ACCUMULATOR_BITS,
@@ -54,7 +56,8 @@ class GroupPE(PE):
     Each group of ``group_size`` weights along the reduction holds at most k terms; a step takes k
     cycles whatever the weights, so there is no slowest lane. A slot without a term idles: it costs
     a cycle but switches neither shifter nor adder. n > 0 terms cost n shifts and n int32 adds: the
-    first term is loaded rather than added, the last add joins the sum from the row above.
+    first term is loaded rather than added, the last add joins the sum from the row above. Where
+    the weights are not known, groups hold k terms, or all that the weights of a ragged one can.
 
     Attributes:
       group_size: g, activations held.
@@ -64,7 +67,8 @@ class GroupPE(PE):
         count, ceil(K/g) groups; ``channels`` starts anew at each kernel position. They are the
         same where g divides the channels, and for depthwise convolutions, grouped over the window.
       packed: weights are stored as k fixed slots a group of valid bit, sign, exponent and index,
-        ready to stream; otherwise as integers that an encoder at each row's edge turns into terms.
+        ready to stream; otherwise as integers that encoders at the array's edge turn into terms, as
+        always for the products of two activations (``matmul`` layers whose weights are not given).
 
     Raises:
       ValueError: group_size or bits not a positive integer, unknown encoding or grouping.
@@ -92,12 +96,12 @@ class GroupPE(PE):
 
     def reduction_steps(self, network: Network, xp: Any) -> Any:
         """Groups along the reduction."""
-        size = as_integer(self.group_size, xp)
-        flat = ceil_div(xp.asarray(network.extents("K")), size)
+        size = as_integer(self.group_size, xp, "group_size")
+        flat = ceil_div(layer_integers(network, "K", xp), size)
         if self.grouping == "flat":
             return flat
-        channels = xp.asarray(network.extents("group_channels"))
-        windowed = xp.asarray(network.extents("window")) * ceil_div(channels, size)
+        channels = layer_integers(network, "group_channels", xp)
+        windowed = layer_integers(network, "window", xp) * ceil_div(channels, size)
         return xp.where(channels == 1, flat, windowed)
 
     def nominal_macs(self, budget: Any = None) -> Any:
@@ -124,32 +128,80 @@ class GroupPE(PE):
 
     def profile(self, work: Workload, xp: Any) -> Profile:
         """A step takes k cycles; the events are those of the terms that the weights hold."""
-        folding = work.folding
+        folding, network = work.folding, work.network
         statistics = work.weights
         if not isinstance(statistics, GroupTerms):
-            statistics = measure_terms(work.network, statistics, self)
-        statistics.check(self)
-        k = resolve_budgets(work.network, self, work.budgets, statistics, xp)
-        if xp is np and work.smoothing == 0.0:
-            _check_budgets(work.network, self, k, statistics)
+            statistics = measure_terms(network, statistics, self)
+        statistics.check(self, network)
+        k = resolve_budgets(network, self, work.budgets, statistics, xp)
+        if xp is np:
+            _check_budgets(network, self, k, statistics, relaxed=work.smoothing > 0.0)
+        known = xp.asarray(statistics.measured)
         groups = folding.groups * folding.reduction_steps * folding.M
-        held, empty = statistics.within(k, groups, xp, work.smoothing)
-        added = held * folding.P
+        held, empty = statistics.within(k, xp, work.smoothing)
+        full = self._full_terms(network, k, folding, xp, work.smoothing)
+        added = xp.where(known, held, full) * folding.P
+        empty = xp.where(known, empty, xp.where(k > 0.0, 0.0, groups))
         slot_bits = groups * k * self.slot_bits(xp)
         weight_bits = xp.full_like(k, float(self.bits))
-        if self.packed:
-            weight_bits = slot_bits / (folding.groups * folding.K * folding.M)
+        # Nothing packs the second operand of a product of activations, which is computed at run
+        # time; weights that are given for such a layer are known beforehand.
+        kinds = np.array([layer.kind for layer in network])
+        packed = self.packed & ~((kinds == "matmul") & ~statistics.measured)
+        if packed.any():
+            words = folding.groups * folding.K * folding.M
+            weight_bits = xp.where(xp.asarray(packed), slot_bits / words, weight_bits)
         return Profile(
             cycles=folding.folds * folding.steps * smooth_maximum(k, 1.0, work.smoothing, xp),
             busy=groups * k * folding.P,
             terms=added,
             events={"int8_shift": added, "int32_add": added},
             register_bits=(added + empty * folding.P) * ACCUMULATOR_BITS
-            + operand_register_bits(folding, slot_bits * folding.P, slot_bits),
-            encoder=None if self.packed else encoder_entry(self.encoding),
+            + operand_register_bits(
+                folding,
+                as_real(self.group_size, xp),
+                slot_bits * folding.P,
+                k * self.slot_bits(xp),
+            ),
+            encoder=None if packed.all() else encoder_entry(self.encoding),
+            encoded_share=as_real(~packed, xp),
             weight_bits=weight_bits,
+            selections=added * self._multiplexers(xp),
             budgets=k,
         )
+
+    def _multiplexers(self, xp: Any) -> Any:
+        """Two-input multiplexers that select one of g activations; an estimate of the wiring."""
+        return ACTIVATION_BITS * (as_real(self.group_size, xp) - 1.0)
+
+    def _extent(self, network: Network, xp: Any) -> Any:
+        """Weights among which groups are cut, integers of shape (layers,)."""
+        whole = layer_integers(network, "K", xp)
+        if self.grouping == "flat":
+            return whole
+        channels = layer_integers(network, "group_channels", xp)
+        return xp.where(channels == 1, whole, channels)
+
+    def _layer_limits(self, network: Network, xp: Any) -> Any:
+        """The most terms that a group of any integers needs, by layer."""
+        most = terms.max_terms(self.encoding, self.bits)
+        size = as_integer(self.group_size, xp, "group_size")
+        return as_real(xp.minimum(self._extent(network, xp), size) * most, xp)
+
+    def _full_terms(self, network: Network, k: Any, folding: Any, xp: Any, smoothing: float) -> Any:
+        """Terms of a layer whose groups hold k, or all that they can: a ragged one may hold less.
+
+        Returns:
+          Real vector over layers, of all products and filters.
+        """
+        size = as_integer(self.group_size, xp, "group_size")
+        extent = self._extent(network, xp)
+        rest = as_real(extent % size, xp)
+        pieces = folding.K / as_real(extent, xp)  # window positions, if groups start anew there
+        most = terms.max_terms(self.encoding, self.bits)
+        ragged = smooth_minimum(k, rest * most, smoothing, xp)
+        each = as_real(extent // size, xp) * k + ragged
+        return folding.groups * folding.M * pieces * each
 
 
 @jax.tree_util.register_dataclass
@@ -168,7 +220,7 @@ class TermMac(GroupPE):
     def __post_init__(self) -> None:
         """Checks the data terms as well."""
         super().__post_init__()
-        check_numbers("TermMac", data_terms=self.data_terms)
+        check_numbers("TermMac", continuous=True, data_terms=self.data_terms)
 
     def nominal_macs(self, budget: Any = None) -> Any:
         """g multiplications in k * s cycles."""
@@ -190,6 +242,7 @@ class TermMac(GroupPE):
             busy=single.busy * s,
             terms=pairs,
             events={"int8_add": 2.0 * pairs},
+            selections=None,
         )
 
 
@@ -197,8 +250,8 @@ def resolve_budgets(
     network: Network, pe: GroupPE, budgets: Budgets, held: GroupTerms, xp: Any = np
 ) -> Any:
     """Budgets as a real vector over layers; see `evaluate` for what is accepted and raised."""
-    full = xp.where(xp.asarray(held.measured), xp.asarray(held.largest), pe.max_budget)
-    full = as_real(full, xp)
+    largest = as_real(held.largest, xp)
+    full = xp.where(xp.asarray(held.measured), largest, pe._layer_limits(network, xp))
     if isinstance(budgets, Mapping):
         check_names("budgets", budgets, network)
         budgets = [lookup(budgets, layer) for layer in network]
@@ -219,14 +272,18 @@ def resolve_budgets(
     return k
 
 
-def _check_budgets(network: Network, pe: GroupPE, k: np.ndarray, held: GroupTerms) -> None:
+def _check_budgets(
+    network: Network, pe: GroupPE, k: np.ndarray, held: GroupTerms, *, relaxed: bool
+) -> None:
+    """Relaxed budgets need not be whole, nor reach what the weights hold."""
     for layer, budget, largest in zip(network, k, held.largest, strict=True):
-        if not 0 <= budget <= pe.max_budget or budget != np.floor(budget):
+        if not 0 <= budget <= pe.max_budget or (budget != np.floor(budget) and not relaxed):
             raise ValueError(
-                f"{layer.name}: a budget must be a whole number from 0 to {pe.max_budget} "
-                f"(groups of {pe.group_size}, {pe.encoding}, {pe.bits} bits), got {budget:g}"
+                f"{layer.name}: a budget must be a {'' if relaxed else 'whole '}number from 0 to "
+                f"{pe.max_budget} (groups of {pe.group_size}, {pe.encoding}, {pe.bits} bits), got "
+                f"{budget:g}"
             )
-        if budget < largest:
+        if budget < largest and not relaxed:
             raise ValueError(
                 f"{layer.name}: a group of its weights holds {largest} terms, over the budget of "
                 f"{budget:g}; project the weights first, with the groups that the PE's "

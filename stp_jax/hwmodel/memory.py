@@ -112,9 +112,13 @@ def traffic(
 
 
 def memory_cycles(array: Array, moved: Traffic, xp: Any, smoothing: float) -> Any:
-    """Cycles that DRAM or the busiest SRAM port needs for its bytes, shape (layers,)."""
+    """Cycles that DRAM or the busiest SRAM port needs for its bytes, shape (layers,).
+
+    DRAM's are those that may overlap the computation, after the fill of the first fold.
+    """
     ports = as_real(array.sram_bandwidth, xp)
-    cycles = moved.dram_bytes / as_real(array.dram_bandwidth, xp)
+    overlapped = xp.maximum(moved.dram_bytes - moved.first_fill_bytes, 0.0)
+    cycles = overlapped / as_real(array.dram_bandwidth, xp)
     for transferred in moved.sram_bytes.values():
         cycles = smooth_maximum(cycles, transferred / ports, smoothing, xp)
     return cycles

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from stp_jax.hwmodel.network import Network
-from stp_jax.hwmodel.numeric import check_numbers
+from stp_jax.hwmodel.numeric import check_numbers, layer_integers
 from stp_jax.hwmodel.technology import Technology
 
 ACCUMULATOR_BITS = 32  # what the int32 adds of the energy tables write
@@ -27,6 +27,8 @@ class Profile:
     register_bits: Any  # register bits clocked
     encoder: str | None  # entry of the energy table, once per weight read; None: none needed
     weight_bits: Any  # bits of one stored weight
+    encoded_share: Any = 1.0  # share of a layer's weight reads that pass the encoder
+    selections: Any = None  # two-input multiplexers that select operands, as often as they switch
     budgets: Any = None  # k of each layer, for PEs that have budgets
 
 
@@ -42,19 +44,25 @@ class Workload:
     smoothing: float = 0.0
 
 
-def operand_register_bits(folding: Any, weight_stream: Any, weight_store: Any) -> Any:
+def operand_register_bits(
+    folding: Any, lanes: Any, weight_stream: Any, weight_resident: Any
+) -> Any:
     """Register bits that move operands: forwarded from PE to PE, or loaded to stay.
+
+    A fold loads what stays in R cycles, in each of which all registers of all R rows shift down by
+    one row, as in ``rtl/gpe.v``: R * R * C registers are clocked, ragged rows and columns included.
 
     Args:
       folding: of the network onto the array.
+      lanes: activations that a PE takes at once.
       weight_stream: weight bits over all PEs where weights move through the array.
-      weight_store: weight bits of the layer, loaded once where weights are resident.
+      weight_resident: weight bits that stay in a PE where weights are resident.
     """
     activation_stream = folding.macs * ACTIVATION_BITS
-    activation_store = folding.groups * folding.K * folding.P * ACTIVATION_BITS
+    loads = folding.folds * folding.rows * folding.rows * folding.cols
     return {
-        "is": weight_stream + activation_store,
-        "ws": activation_stream + weight_store,
+        "is": weight_stream + loads * lanes * ACTIVATION_BITS,
+        "ws": activation_stream + loads * weight_resident,
         "os": weight_stream + activation_stream,
     }[folding.dataflow]
 
@@ -116,7 +124,7 @@ class BitParallel(PE):
 
     def reduction_steps(self, network: Network, xp: Any) -> Any:
         """One reduction element a PE: K."""
-        return xp.asarray(network.extents("K"))
+        return layer_integers(network, "K", xp)
 
     def nominal_macs(self, budget: Any = None) -> Any:
         """One."""
@@ -132,14 +140,13 @@ class BitParallel(PE):
         refuse_budgets(self, work)
         folding = work.folding
         macs = folding.macs
-        stored = folding.groups * folding.K * folding.M * self.bits
         return Profile(
             cycles=folding.folds * folding.steps,
             busy=macs,
             terms=macs,
             events={f"int{self.bits}_multiply": macs, "int32_add": macs},
             register_bits=macs * ACCUMULATOR_BITS
-            + operand_register_bits(folding, macs * self.bits, stored),
+            + operand_register_bits(folding, 1.0, macs * self.bits, self.bits),
             encoder=None,
             weight_bits=xp.full_like(macs, float(self.bits)),
         )

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from stp_jax.hwmodel.network import Network
+from stp_jax.hwmodel.numeric import EXACT_END
 
 
 @jax.tree_util.register_dataclass
@@ -27,11 +28,15 @@ class Report:
       operations: ``macs`` of the layer and ``terms`` that were really added.
       accesses: words by memory and operand: SRAM and DRAM reads and writes, ``sram_psum_read``.
       dram_bytes: bytes to and from DRAM.
+      sram_bytes: bytes through the port of each buffer, ``ifmap``, ``filter`` and ``ofmap``.
       energy_pj: ``array`` (shift, multiply and add: what the computational saving compares),
-        ``encoder``, ``registers`` (operands and sums inside the array), ``sram``, ``dram``.
+        ``select`` (an estimate of selecting a group's activation, for `GroupPE`), ``encoder``,
+        ``registers`` (operands and sums inside the array), ``sram``, ``dram``.
+      node_nm: process node of the energies.
     """
 
     network: Network = dataclasses.field(metadata={"static": True})
+    node_nm: float = dataclasses.field(metadata={"static": True})
     budgets: Any
     cycles: Any
     stall_cycles: Any
@@ -39,6 +44,7 @@ class Report:
     operations: dict[str, Any]
     accesses: dict[str, Any]
     dram_bytes: Any
+    sram_bytes: dict[str, Any]
     energy_pj: dict[str, Any]
 
     @property
@@ -57,21 +63,31 @@ class Report:
         return sum(energy.sum(axis=-1) for energy in self.energy_pj.values())
 
     @property
-    def terms_per_weight(self) -> Any:
-        """Terms added per multiply-accumulate; 1 for a multiplier."""
+    def terms_per_mac(self) -> Any:
+        """Terms added per multiply-accumulate; 1 for a multiplier.
+
+        Each weight counts as often as it is used, so that this is not the mean over weights.
+        """
         return self.operations["terms"].sum(axis=-1) / self.operations["macs"].sum(axis=-1)
 
     def rounded(self) -> Report:
-        """Concrete whole numbers as int64; energies and fractions stay real."""
+        """Concrete whole numbers as int64 where float64 holds them exactly, below 2**53.
+
+        Energies and fractions stay real.
+        """
 
         def whole(x: Any) -> Any:
-            if isinstance(x, np.ndarray) and np.isfinite(x).all() and (x == np.rint(x)).all():
-                return x.astype(np.int64)
-            return x
+            if not isinstance(x, np.ndarray) or not (np.abs(x) < EXACT_END).all():
+                return x
+            return x.astype(np.int64) if (x == np.rint(x)).all() else x
 
-        names = ("budgets", "cycles", "stall_cycles", "operations", "accesses", "dram_bytes")
+        names = ("budgets", "cycles", "stall_cycles", "operations", "accesses")
         return dataclasses.replace(
-            self, **{name: jax.tree.map(whole, getattr(self, name)) for name in names}
+            self,
+            **{
+                name: jax.tree.map(whole, getattr(self, name))
+                for name in (*names, "dram_bytes", "sram_bytes")
+            },
         )
 
     def to_pandas(self) -> pd.DataFrame:
@@ -86,6 +102,7 @@ class Report:
             **{name: np.asarray(n) for name, n in self.operations.items()},
             **{name: np.asarray(n) for name, n in self.accesses.items()},
             "dram_bytes": np.asarray(self.dram_bytes),
+            **{f"{name}_sram_bytes": np.asarray(n) for name, n in self.sram_bytes.items()},
             **{f"{name}_pj": np.asarray(n) for name, n in self.energy_pj.items()},
         }
         return pd.DataFrame(columns, index=pd.Index(self.network.names, name="layer"))
@@ -96,7 +113,7 @@ class Report:
         shown = frame[["K", "P", "M"]].astype(object)
         if "budget" in frame:
             shown["k"] = frame["budget"]
-            shown["terms/weight"] = (frame["terms"] / frame["macs"]).map("{:.2f}".format)
+            shown["terms/MAC"] = (frame["terms"] / frame["macs"]).map("{:.2f}".format)
         shown["cycles"] = frame["cycles"]
         shown["util %"] = (100 * frame["utilization"]).map("{:.1f}".format)
         energies = {f"{name} µJ": frame[f"{name}_pj"] * 1e-6 for name in self.energy_pj}
@@ -107,18 +124,21 @@ class Report:
         busy = (frame["utilization"] * frame["cycles"]).sum() / frame["cycles"].sum()
         total |= {"cycles": frame["cycles"].sum(), "util %": f"{100 * busy:.1f}"}
         if "budget" in frame:
-            total["terms/weight"] = f"{self.terms_per_weight:.2f}"
+            total["terms/MAC"] = f"{self.terms_per_mac:.2f}"
         shown = shown.astype(object)  # the total row holds blanks
         shown.loc["total"] = total
         return shown.to_string()
 
 
-def computational_saving(baseline: Report, ours: Report, *, encoder: bool = False) -> Any:
+def computational_saving(
+    baseline: Report, ours: Report, *, encoder: bool = False, select: bool = False
+) -> Any:
     """Array energy of ``baseline`` divided by that of ``ours``: the paper's headline figure.
 
     ``baseline`` is the int8 bit-parallel input-stationary array, ``ours`` the same network on an
     array of the same throughput class. Memory and registers are not part of it; the encoder is
-    only with ``encoder=True``, and both figures should be reported.
+    only with ``encoder=True``, and both figures should be reported. With ``select=True`` the
+    selection of activations is as well, which is an estimate.
 
     Same throughput class means the same number of additions a cycle, that is of PEs: a
     `BitParallel` PE adds one product a cycle, a `GroupPE` one term. At k = g, one term per weight,
@@ -129,9 +149,15 @@ def computational_saving(baseline: Report, ours: Report, *, encoder: bool = Fals
     in each reading; cycles are not.
 
     Raises:
-      ValueError: the networks differ.
+      ValueError: the networks or the process nodes differ.
     """
     if baseline.network.layers != ours.network.layers:
         raise ValueError("the two reports are of different networks")
-    own = ours.energy_pj["array"] + (ours.energy_pj["encoder"] if encoder else 0.0)
+    if baseline.node_nm != ours.node_nm:
+        raise ValueError(
+            f"the two reports are at {baseline.node_nm:g} nm and {ours.node_nm:g} nm; energies of "
+            "different nodes must not be mixed"
+        )
+    included = ("array", *(["encoder"] if encoder else []), *(["select"] if select else []))
+    own = sum(ours.energy_pj[component] for component in included)
     return baseline.energy_pj["array"].sum(axis=-1) / own.sum(axis=-1)

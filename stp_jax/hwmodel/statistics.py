@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +29,23 @@ class GroupTerms:
         weights are not known.
       measured: bool (layers,), whether they are.
       grouped: group size, grouping, encoding and bits of the PE that it was measured for.
+      shapes: name, kernel, input channels of a group and filters of each layer; batch and image
+        size do not matter to weights.
     """
 
     histogram: np.ndarray
     measured: np.ndarray
     grouped: tuple[int, str, str, int]
+    shapes: tuple[tuple[str, tuple[int, ...], int, int], ...]
 
-    def check(self, pe: GroupPE) -> None:
-        """Raises ValueError if the PE groups or encodes otherwise than what was measured."""
+    def check(self, pe: GroupPE, network: Network) -> None:
+        """Raises ValueError if the network has other layers or the PE other groups or terms."""
+        for mine, theirs in itertools.zip_longest(self.shapes, weight_shapes(network)):
+            if mine != theirs:
+                raise ValueError(
+                    "terms were measured on another network: (layer, kernel, channels, filters) "
+                    f"= {mine} then, {theirs} now"
+                )
         group_size, *rest = grouping_of(pe)
         concrete = isinstance(group_size, int | np.integer)
         if tuple(rest) != self.grouped[1:] or (concrete and group_size != self.grouped[0]):
@@ -49,16 +60,20 @@ class GroupTerms:
         held = np.arange(self.histogram.shape[1]) * (self.histogram > 0)
         return held.max(axis=1)
 
-    def within(self, budgets: Any, groups: Any, xp: Any, smoothing: float = 0.0) -> tuple[Any, Any]:
+    def within(self, budgets: Any, xp: Any, smoothing: float = 0.0) -> tuple[Any, Any]:
         """Terms held by groups capped at ``budgets``, and groups without a term.
 
-        Where weights are not known every one of ``groups`` is taken to fill its budget.
+        Real vectors over layers, zeros where weights are not known.
         """
         counts = xp.arange(self.histogram.shape[1], dtype=budgets.dtype)[None, :]
-        histogram, known = as_real(self.histogram, xp), xp.asarray(self.measured)
+        histogram = as_real(self.histogram, xp)
         held = xp.sum(histogram * smooth_minimum(counts, budgets[:, None], smoothing, xp), axis=1)
-        empty = xp.where(known, histogram[:, 0], xp.where(budgets > 0.0, 0.0, groups))
-        return xp.where(known, held, groups * budgets), empty
+        return held, histogram[:, 0]
+
+
+def weight_shapes(network: Network) -> tuple[tuple[str, tuple[int, ...], int, int], ...]:
+    """Name, kernel, input channels of a group and filters of every layer."""
+    return tuple((la.name, la.kernel, la.group_channels, la.filters) for la in network)
 
 
 def grouping_of(pe: GroupPE) -> tuple[int, str, str, int]:
@@ -87,31 +102,58 @@ def lookup(given: Mapping[str, Any], layer: Layer) -> Any:
 
 
 def weight_matrix(layer: Layer, weights: Any, bits: int) -> np.ndarray:
-    """A layer's integer weights as (groups of filters * window * channels) x filters.
+    """A layer's integer weights as a matrix of reduction x filters.
 
     Args:
       layer: the layer.
-      weights: integers, HWIO for convolutions, (..., in, ..., out) for dense layers.
+      weights: integers in Flax's layouts: (*kernel, channels of a group, filters) for
+        convolutions; axes whose leading ones multiply to K and the others to the filters for dense
+        layers (as those of ``DenseGeneral``); (products, K, M) for matrix products; or (K, filters)
+        for any of them.
       bits: width; values must lie in [-2**(bits-1), 2**(bits-1)].
 
     Returns:
       int64 of shape (K, filters): column f holds filter f's reduction, channels fastest.
 
     Raises:
-      TypeError: not integers. ValueError: wrong size or out of range.
+      TypeError: not integers. ValueError: another layout or out of range. A layout of the same
+        shape (a square matrix transposed) cannot be told apart.
     """
     w = np.asarray(weights)
     if not np.issubdtype(w.dtype, np.integer):
         raise TypeError(f"{layer.name}: weights must be integers, got {w.dtype}")
-    if w.size != layer.weight_words:
-        raise ValueError(
-            f"{layer.name}: weights of shape {w.shape} do not hold the layer's K={layer.K} by "
-            f"{layer.filters} filters"
-        )
-    w = w.astype(np.int64).reshape(layer.K, layer.filters)
+    w = _as_matrix(layer, w.astype(np.int64))
     if w.size and np.abs(w).max() > 1 << (bits - 1):
         raise ValueError(f"{layer.name}: weight {np.abs(w).max()} in magnitude exceeds {bits} bits")
     return w
+
+
+def _as_matrix(layer: Layer, w: np.ndarray) -> np.ndarray:
+    matrix, general = (layer.K, layer.filters), (layer.K, layer.M)
+    if layer.kind == "conv":
+        described = f"(*kernel, channels of a group, filters) = {weight_shape(layer)}"
+        known = w.shape in (weight_shape(layer), matrix)
+    elif layer.groups > 1:
+        described = f"(products, K, M) = {(layer.groups, *general)}"
+        if w.shape == (layer.groups, *general):
+            w = w.transpose(1, 0, 2).reshape(matrix)
+        known = w.shape == matrix
+    else:
+        described = "(in, out), or axes whose leading ones multiply to K"
+        leading = {math.prod(w.shape[:axis]) for axis in range(1, w.ndim)}
+        known = w.size == layer.weight_words and layer.K in leading
+    if not known:
+        raise ValueError(
+            f"{layer.name}: weights of shape {w.shape} do not hold the layer's K={layer.K} by "
+            f"{layer.filters} filters in a known layout; expected {described}, or (K, filters) = "
+            f"{matrix}"
+        )
+    return w.reshape(matrix)
+
+
+def weight_shape(layer: Layer) -> tuple[int, ...]:
+    """Shape of a convolution's kernel in Flax's layout, HWIO."""
+    return (*layer.kernel, layer.group_channels, layer.filters)
 
 
 @functools.lru_cache
@@ -142,7 +184,8 @@ def measure_terms(network: Network, weights: Mapping[str, Any] | None, pe: Group
       pe: group size, grouping, encoding and width; group_size must be concrete.
 
     Raises:
-      ValueError: a name without a layer, a wrong size, a value out of range.
+      ValueError: a name without a layer, another layout (see `weight_matrix`), a value out of
+        range.
       TypeError: weights that are not integers.
     """
     weights = weights or {}
@@ -160,4 +203,5 @@ def measure_terms(network: Network, weights: Mapping[str, Any] | None, pe: Group
     histogram = np.zeros((len(network), max(map(len, histograms))), np.int64)
     for row, values in zip(histogram, histograms, strict=True):
         row[: len(values)] = values
-    return GroupTerms(histogram, np.asarray(histogram.any(axis=1)), grouping_of(pe))
+    measured = np.asarray(histogram.any(axis=1))
+    return GroupTerms(histogram, measured, grouping_of(pe), weight_shapes(network))

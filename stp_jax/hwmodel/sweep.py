@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from stp_jax.hwmodel.arrays import Array, Dataflow
 from stp_jax.hwmodel.evaluate import evaluate
 from stp_jax.hwmodel.group_pe import GroupPE
 from stp_jax.hwmodel.network import Network
+from stp_jax.hwmodel.numeric import INT32_END
 from stp_jax.hwmodel.pes import PE, BitParallel
 from stp_jax.hwmodel.technology import HOROWITZ_45NM, Technology
 
@@ -28,6 +30,7 @@ ARRAY_FIELDS = (
     "sram_bandwidth",
 )
 _PE_FIELDS = ("group_size", "budgets")
+_INTEGERS = ("rows", "cols", "group_size")
 
 
 def sweep(
@@ -55,8 +58,8 @@ def sweep(
       ``cycles``, ``utilization`` and ``energy_pj`` by component in ``array_pj`` etc., each (N,).
 
     Raises:
-      ValueError: an unknown field, different lengths, values that are not positive, or budgets
-        above what groups can hold.
+      ValueError: an unknown field, different lengths, values that are not positive, budgets above
+        what groups can hold, or a layer's extent, rows, columns or a group size from 2**31 on.
     """
     values = {name: np.asarray(value) for name, value in designs.items()}
     if pe is None:
@@ -66,15 +69,22 @@ def sweep(
     spare = -count % len(devices)
     spread = NamedSharding(Mesh(np.array(devices), ("designs",)), PartitionSpec("designs"))
     placed = {
-        name: jax.device_put(_narrow(np.concatenate([x, x[:1].repeat(spare, axis=0)])), spread)
+        name: jax.device_put(
+            _narrow(name, np.concatenate([x, x[:1].repeat(spare, axis=0)])), spread
+        )
         for name, x in values.items()
     }
     totals = _evaluator(network, dataflow, tuple(sorted(values)))(placed, pe, technology)
     return {name: np.asarray(total)[:count] for name, total in totals.items()}
 
 
-def _narrow(x: np.ndarray) -> np.ndarray:
-    return x.astype(np.int32 if np.issubdtype(x.dtype, np.integer) else np.float32)
+def _narrow(name: str, x: np.ndarray) -> np.ndarray:
+    """int32 for what is counted with, float32 for the rest; what int32 cannot hold is refused."""
+    if name not in _INTEGERS:
+        return x.astype(np.float32)
+    if x.max() >= INT32_END:
+        raise ValueError(f"{name} is {x.max()}; a sweep counts in 32 bits")
+    return x.astype(np.int32)
 
 
 def _check(network: Network, values: Mapping[str, np.ndarray], pe: PE) -> int:
@@ -106,7 +116,7 @@ def _evaluator(network: Network, dataflow: Dataflow, names: tuple[str, ...]) -> 
     def one(design: dict[str, Any], pe: PE, technology: Technology) -> dict[str, Any]:
         sizes = {"rows": 32, "cols": 32} | {n: design[n] for n in ARRAY_FIELDS if n in design}
         if isinstance(pe, GroupPE) and "group_size" in design:
-            pe = jax.tree.unflatten(jax.tree.structure(pe), [design["group_size"]])
+            pe = dataclasses.replace(pe, group_size=design["group_size"])
         array = Array(dataflow=dataflow, pe=pe, **sizes)
         report = evaluate(network, array, budgets=design.get("budgets"), technology=technology)
         busy = jnp.sum(report.utilization * report.cycles)

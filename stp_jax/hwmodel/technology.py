@@ -96,7 +96,11 @@ _ENCODER = (
 )
 _HESE = "assumed: that of the NAF encoder, whose digits the published rule gives"
 _DALLY = "Dally, tutorial High-Performance Hardware for Machine Learning, NIPS 2015: 45 nm"
-_SHIFTER = "derived: 36 two-input multiplexers MUX2_X1 (1.862 µm²) of Nangate's 45 nm library"
+SHIFT_MULTIPLEXERS = 36  # two-input multiplexers of an 8-bit shifter, the unit of selection energy
+_SHIFTER = (
+    f"derived: {SHIFT_MULTIPLEXERS} two-input multiplexers MUX2_X1 (1.862 µm²) of Nangate's 45 nm "
+    "library"
+)
 _SYNTHESIS = "synthesis to the Nangate 45 nm Open Cell Library, area only"
 
 _ENERGY_45NM: dict[str, tuple[float, str]] = {
@@ -185,9 +189,9 @@ def read_technology(path: str | Path) -> Technology:
                 raise ValueError(
                     f"{path}: the value of {name} must be a number, got {entry['value']!r}"
                 )
-            if not 0 <= entry["value"] < math.inf:
+            if not 0 < entry["value"] < math.inf:
                 raise ValueError(
-                    f"{path}: the value of {name} must be 0 or more, got {entry['value']}"
+                    f"{path}: the value of {name} must be positive, got {entry['value']}"
                 )
             if entry.get("node_nm", node) != node:
                 raise ValueError(

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,7 +162,8 @@ def test_impossible_budgets_are_refused(budgets, message):
 
 
 def test_bad_arrays_and_weights_are_refused():
-    for sizes in ({"rows": 0, "cols": 4}, {"rows": 4, "cols": 2.5}, {"rows": -1, "cols": 4}):
+    for rows, cols in ((0, 4), (4, 2.5), (-1, 4), (np.inf, 4), (4, np.nan), (4, 2**53), (2**70, 4)):
+        sizes = {"rows": rows, "cols": cols}
         with pytest.raises(ValueError, match="positive integer"):
             hwmodel.Array(**sizes)
     with pytest.raises(ValueError, match="dataflow"):
@@ -209,6 +212,55 @@ def test_finite_bandwidth_stalls_what_double_buffering_cannot_hide():
     assert (slow.cycles >= slow.dram_bytes / 0.01).all()
     np.testing.assert_allclose(slow.compute_cycles, free.cycles)
     np.testing.assert_allclose(fast.cycles, free.cycles, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bandwidth", [1.0, 0.5])
+def test_one_fold_takes_its_fill_its_computation_and_no_byte_twice(bandwidth):
+    """512 inputs and 512000 weights come first; 1000 outputs leave while 2536 cycles compute."""
+    network = hwmodel.Network((hwmodel.dense("fc", 512, 1000),))
+    array = hwmodel.Array(rows=512, cols=514, dram_bandwidth=bandwidth, filter_sram=2 << 20)
+    report = hwmodel.evaluate(network, array)
+    assert report.dram_bytes.tolist() == [513_512]
+    compute = 2 * 512 + 514 + 1000 - 2
+    assert report.cycles.tolist() == [512_512 / bandwidth + compute]
+    slow = hwmodel.Array(rows=512, cols=514, dram_bandwidth=0.25, filter_sram=2 << 20)
+    assert hwmodel.evaluate(network, slow).cycles.tolist() == [513_512 / 0.25]
+
+
+@pytest.mark.parametrize("lanes", [1, 8])
+def test_loading_clocks_every_row_in_every_cycle_of_the_load(lanes):
+    """As the Verilog does: `load` is high for R cycles, in which all R rows shift."""
+    network = hwmodel.Network((hwmodel.dense("fc", 40, 3, rows=7),))
+    pe = hwmodel.BitParallel() if lanes == 1 else hwmodel.GroupPE(group_size=8)
+    budgets = None if lanes == 1 else 4
+
+    def bits(rows, dataflow="is"):
+        array = hwmodel.Array(rows=rows, cols=5, pe=pe, dataflow=dataflow)
+        report = hwmodel.evaluate(network, array, budgets=budgets)
+        return report.energy_pj["registers"][0] / hwmodel.HOROWITZ_45NM.energy_pj["register_bit"]
+
+    def loads(rows, col_folds):
+        return -(-40 // (rows * lanes)) * col_folds * rows * rows * 5
+
+    # 7 pixels take two folds of 5 columns, 3 filters one; k = 4 slots of 8 bits for 8 weights.
+    weights = 8 if lanes == 1 else 4 * 8
+    for dataflow, col_folds, resident in (("is", 2, 8 * lanes), ("ws", 1, weights)):
+        grown = bits(4, dataflow) - bits(2, dataflow)
+        assert grown == pytest.approx((loads(4, col_folds) - loads(2, col_folds)) * resident)
+
+
+def test_selection_of_activations_is_an_estimate_of_its_own():
+    """56 two-input multiplexers of 8:1 by 8 bits, of which 36 are a shift of 0.024 pJ."""
+    network = hwmodel.Network((hwmodel.dense("fc", 64, 10),))
+    base = hwmodel.evaluate(network, hwmodel.Array(rows=8, cols=8))
+    pe = hwmodel.GroupPE(group_size=8)
+    ours = hwmodel.evaluate(network, hwmodel.Array(rows=8, cols=8, pe=pe), budgets=8)
+    assert base.energy_pj["select"].tolist() == [0]
+    selected = 0.024 * 56 / 36
+    np.testing.assert_allclose(ours.energy_pj["select"], ours.operations["terms"] * selected)
+    assert hwmodel.computational_saving(base, ours) == pytest.approx(0.3 / 0.124)
+    saving = hwmodel.computational_saving(base, ours, select=True)
+    assert saving == pytest.approx(0.3 / (0.124 + selected))
 
 
 def test_packed_terms_are_smaller_than_bytes_at_few_terms():
@@ -262,3 +314,21 @@ def test_savings_compare_one_network_only():
     other = hwmodel.Network(SMALL.layers[:2])
     with pytest.raises(ValueError, match="different networks"):
         hwmodel.computational_saving(hwmodel.evaluate(SMALL, array), hwmodel.evaluate(other, array))
+
+
+def test_savings_compare_one_node_only():
+    array = hwmodel.Array(rows=8, cols=12)
+    other = dataclasses.replace(hwmodel.HOROWITZ_45NM, node_nm=28.0)
+    reports = [
+        hwmodel.evaluate(SMALL, array, technology=table) for table in (hwmodel.HOROWITZ_45NM, other)
+    ]
+    assert [report.node_nm for report in reports] == [45, 28]
+    with pytest.raises(ValueError, match="at 45 nm and 28 nm"):
+        hwmodel.computational_saving(*reports)
+
+
+def test_counts_that_float64_does_not_hold_exactly_stay_real():
+    network = hwmodel.Network((hwmodel.dense("fc", 2**18, 2**18, rows=2**18),))
+    report = hwmodel.evaluate(network, hwmodel.Array(rows=8, cols=12))
+    assert report.operations["macs"].dtype == np.float64  # 2**54
+    assert report.accesses["sram_ifmap_read"].dtype == np.int64

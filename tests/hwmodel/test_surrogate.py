@@ -1,0 +1,60 @@
+"""The differentiable surrogate: zero work and infinite bandwidth cost what the exact model says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stp_jax import hwmodel
+from stp_jax.hwmodel.numeric import smooth_maximum, smooth_minimum
+
+NETWORK = hwmodel.Network((hwmodel.dense("a", 64, 10, rows=5), hwmodel.dense("b", 20, 30)))
+ARRAY = hwmodel.Array(rows=4, cols=4, pe=hwmodel.GroupPE(group_size=8))
+
+
+def test_weights_without_terms_take_no_energy():
+    weights = {"a": np.zeros((64, 10), np.int8), "b": np.zeros((20, 30), np.int8)}
+    report = hwmodel.evaluate(NETWORK, ARRAY, budgets=8.0, weights=weights, smoothing=0.05)
+    assert (report.energy_pj["array"] == 0).all()
+
+
+def test_nothing_stalls_at_infinite_bandwidth():
+    smooth = hwmodel.evaluate(NETWORK, ARRAY, budgets=8, smoothing=0.05)
+    assert (smooth.stall_cycles == 0).all()
+    gradient = jax.grad(
+        lambda k: hwmodel.evaluate(NETWORK, ARRAY, budgets=k, smoothing=0.05).stall_cycles.sum()
+    )(8.0)
+    assert abs(gradient) < 1e-4  # of compute cycles, whose derivative is some hundreds
+
+
+@pytest.mark.parametrize("smoothing", [-1, 1, 1.5, float("nan"), float("inf")])
+def test_smoothing_out_of_range_is_refused(smoothing):
+    with pytest.raises(ValueError, match="smoothing must be from 0 to below 1"):
+        hwmodel.evaluate(NETWORK, ARRAY, budgets=8, smoothing=smoothing)
+
+
+@pytest.mark.parametrize("smoothing", [True, None, "0.1"])
+def test_smoothing_that_is_no_number_is_refused(smoothing):
+    with pytest.raises(TypeError, match="smoothing must be a number"):
+        hwmodel.evaluate(NETWORK, ARRAY, budgets=8, smoothing=smoothing)
+
+
+@pytest.mark.parametrize("budget", [-1.0, 32.5, float("nan"), float("inf")])
+def test_relaxed_budgets_out_of_range_are_refused(budget):
+    hwmodel.evaluate(NETWORK, ARRAY, budgets=2.5, smoothing=0.05)
+    with pytest.raises(ValueError, match="a: a budget must be a number from 0 to 32"):
+        hwmodel.evaluate(NETWORK, ARRAY, budgets=budget, smoothing=0.05)
+
+
+@pytest.mark.parametrize("smoothing", [0.01, 0.3, 0.99])
+def test_smooth_extrema_stay_near_and_between(smoothing):
+    a, b = np.meshgrid(np.linspace(0, 5, 21), np.linspace(0, 5, 21))
+    largest, least = (f(a, b, smoothing, np) for f in (smooth_maximum, smooth_minimum))
+    assert (largest >= np.maximum(a, b) - 1e-12).all()
+    assert (largest <= np.maximum(a, b) + smoothing / 2 * (a + b) + 1e-12).all()
+    assert (least >= -1e-12).all()
+    assert (least <= np.minimum(a, b) + 1e-12).all()
+    zero = a * b == 0
+    np.testing.assert_array_equal(largest[zero], np.maximum(a, b)[zero])
+    slope = jax.grad(lambda x: smooth_maximum(x, jnp.float32(0), smoothing, jnp))(jnp.float32(0))
+    assert np.isfinite(slope)
