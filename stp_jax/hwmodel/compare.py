@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from stp_jax.hwmodel.evaluate import evaluate
 from stp_jax.hwmodel.group_pe import Budgets, GroupPE
 from stp_jax.hwmodel.network import Network
 from stp_jax.hwmodel.report import Report, computational_saving
-from stp_jax.hwmodel.technology import HOROWITZ_45NM, Technology
+from stp_jax.hwmodel.technology import HOROWITZ_45NM, MissingEntryError, Technology
 
 Match = Literal["area", "throughput"]
 
@@ -35,12 +36,15 @@ def peak_macs(design: Design, network: Network) -> float:
     """Multiply-accumulates a cycle with every PE busy.
 
     At the nominal rate of the PE: eight bits for the digit-serial ones, and for group PEs the
-    budgets of the design averaged over the network's multiply-accumulates.
+    budgets of the design averaged over the network's multiply-accumulates; infinite if these are
+    all zero.
     """
     array, budget = design.array, None
     if isinstance(array.pe, GroupPE):
         report = evaluate(network, array, budgets=design.budgets, weights=design.weights)
         budget = np.average(report.budgets, weights=report.operations["macs"])
+        if budget == 0.0:
+            return math.inf
     return float(array.rows * array.cols * array.pe.nominal_macs(budget))
 
 
@@ -54,22 +58,40 @@ def match(
 ) -> Design:
     """The design with as many columns as fit the reference's area, or reach its peak throughput.
 
-    Rows stay, so the reduction folds alike. At least one column. Area is that of PEs and edge
-    encoders; throughput that of `peak_macs`.
+    Rows stay, so the reduction folds alike. Area is that of PEs and edge encoders; throughput that
+    of `peak_macs`, rounded to whole columns, at least one.
 
     Raises:
-      ValueError: ``by`` is neither.
+      ValueError: ``by`` is neither; not even one column fits the area; budgets of zero everywhere,
+        whose throughput has no limit; or the technology lacks an area.
     """
     if by == "area":
-        own = array_area_um2(design.array, technology)
-        room = sum(array_area_um2(reference.array, technology).values()) - own["encoders"]
-        cols = int(room // (own["pes"] / design.array.cols))
+        # The encoders are at the rows' or the columns' edge, so area is a line in the columns.
+        one, two = (_area_um2(_with_columns(design.array, n), technology) for n in (1, 2))
+        room = _area_um2(reference.array, technology)
+        if one > room:
+            raise ValueError(
+                f"a single column of {design.array.rows} {type(design.array.pe).__name__} takes "
+                f"{one:.0f} µm², more than the reference's {room:.0f} µm²"
+            )
+        # The areas are sums of rounded numbers; what fits exactly must fit.
+        cols = 1 + math.floor((room - one) / (two - one) * (1 + 1e-12))
     elif by == "throughput":
-        column = peak_macs(design, network) / design.array.cols
-        cols = round(peak_macs(reference, network) / column)
+        peaks = peak_macs(design, network), peak_macs(reference, network)
+        if not all(map(math.isfinite, peaks)):
+            raise ValueError("designs whose budgets are all 0 cannot be matched in throughput")
+        cols = max(round(peaks[1] / (peaks[0] / design.array.cols)), 1)
     else:
         raise ValueError(f"match by 'area' or 'throughput', not {by!r}")
-    return dataclasses.replace(design, array=dataclasses.replace(design.array, cols=max(cols, 1)))
+    return dataclasses.replace(design, array=_with_columns(design.array, cols))
+
+
+def _with_columns(array: Array, cols: int) -> Array:
+    return dataclasses.replace(array, cols=cols)
+
+
+def _area_um2(array: Array, technology: Technology) -> float:
+    return float(sum(array_area_um2(array, technology).values()))
 
 
 def compare(
@@ -87,15 +109,22 @@ def compare(
         first is the baseline.
       by: ``area`` or ``throughput`` to give every array as many columns as match the baseline's
         (`match`); None to take arrays as they are.
-      technology: energies and areas.
+      technology: energies and areas; without the areas that a design needs its area is NaN.
 
     Returns:
-      One row a design: its size, PE area in mm², cycles and speedup, utilization, energies in µJ,
-      and the savings: of array energy without and with the encoder, and of all energy.
+      One row a design: its size, area of PEs and encoders in mm², cycles and speedup, utilization,
+      energies in µJ, and the savings: of array energy without and with the encoder, and of all
+      energy.
 
     Raises:
-      ValueError: no designs, or what `evaluate` refuses.
+      ValueError: no designs, or what `match` and `evaluate` refuse.
+      TypeError: designs that are not a mapping of arrays or `Design`.
     """
+    if not isinstance(designs, Mapping):
+        raise TypeError(
+            "designs must be a mapping from names to arrays or Designs, such as "
+            f'{{"int8": array}}, got {type(designs).__name__}'
+        )
     if not designs:
         raise ValueError("nothing to compare: give at least a baseline")
     chosen = {n: d if isinstance(d, Design) else Design(array=d) for n, d in designs.items()}
@@ -125,6 +154,14 @@ def compare(
     return pd.DataFrame(rows, index=pd.Index(list(chosen), name="design"))
 
 
+def _known_area_um2(array: Array, technology: Technology) -> float:
+    """NaN where the table lacks an area."""
+    try:
+        return _area_um2(array, technology)
+    except MissingEntryError:
+        return math.nan
+
+
 def _row(array: Array, report: Report, baseline: Report, technology: Technology) -> dict[str, Any]:
     energies = {f"{name}_uj": 1e-6 * e.sum() for name, e in report.energy_pj.items()}
     busy = (report.utilization * report.cycles).sum() / report.total_cycles
@@ -132,7 +169,7 @@ def _row(array: Array, report: Report, baseline: Report, technology: Technology)
         "pe": type(array.pe).__name__,
         "rows": array.rows,
         "cols": array.cols,
-        "area_mm2": 1e-6 * sum(array_area_um2(array, technology).values()),
+        "area_mm2": 1e-6 * _known_area_um2(array, technology),
         "cycles": report.total_cycles,
         "speedup": baseline.total_cycles / report.total_cycles,
         "utilization": busy,

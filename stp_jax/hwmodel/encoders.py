@@ -1,8 +1,9 @@
 """Encoders at the array's edge: integers become terms on their way in, once for all columns.
 
-Each row has one encoder for every weight of a group, before a serialiser that emits one term a
-cycle. The next group is encoded while the previous one's last term leaves, so the one cycle of
-latency never stalls the array, and area and energy are shared by the row's columns.
+Weights enter at the rows' edge where inputs are resident, and else at the columns'. Each of these
+rows or columns has one encoder for every weight of a group, before a serialiser that emits one term
+a cycle. The next group is encoded while the previous one's last term leaves, so the one cycle of
+latency never stalls the array, and area and energy are shared by the PEs behind it.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ class EdgeEncoders:
     """The encoders of one array.
 
     Attributes:
-      count: encoders, g a row.
+      count: encoders, g a row where inputs are resident, else g a column.
       latency_cycles: from a stored group to its first term; hidden by prefetching.
       area_um2: of all of them.
       area_per_pe_um2: shared by the array's PEs.
       pj_per_weight: energy of encoding a weight once.
-      pj_per_use: that energy shared by the columns that use the weight.
+      pj_per_use: that energy shared by the PEs that a weight passes on its way: the columns where
+        inputs are resident, the rows where outputs are; a resident weight stays in one PE.
     """
 
     count: Any
@@ -56,7 +58,13 @@ def edge_encoders(
         return None
     technology.require([entry])
     technology.require([entry], kind="area_um2")
-    count = array.rows * array.pe.group_size
+    # Rows or columns at whose edge weights enter, and PEs that use a weight once it has.
+    edge, users = {
+        "is": (array.rows, array.cols),
+        "ws": (array.cols, 1),
+        "os": (array.cols, array.rows),
+    }[array.dataflow]
+    count = edge * array.pe.group_size
     area = count * technology.area_um2[entry]
     energy = technology.energy_pj[entry]
     return EdgeEncoders(
@@ -65,7 +73,7 @@ def edge_encoders(
         area_um2=area,
         area_per_pe_um2=area / (array.rows * array.cols),
         pj_per_weight=energy,
-        pj_per_use=energy / array.cols,
+        pj_per_use=energy / users,
     )
 
 

@@ -27,23 +27,41 @@ def plot_energy(ax: Any, reports: Mapping[str, Report], *, components: tuple[str
 
 
 def roofline(report: Report, array: Array) -> pd.DataFrame:
-    """Where each layer stands under the array's roof.
+    """Where each layer stands under the array's roofs.
+
+    A layer's roof of computation is what it would do if its PEs never idled: its
+    multiply-accumulates over the PE-cycles that hold its work, times the number of PEs. That is its
+    real rate, of its own operands, budget and ragged groups, where the PE's nominal one supposes
+    8-bit digits.
+
+    Args:
+      report: of concrete numbers, from `evaluate`.
+      array: the array that it was evaluated on.
 
     Returns:
-      One row a layer: ``intensity`` in MAC per DRAM byte, ``achieved`` and ``attainable`` in MAC a
-      cycle, the latter the lesser of the PEs' nominal peak and intensity times bandwidth, and
-      ``bound``, ``compute`` or ``memory``.
+      One row a layer: ``intensity`` in MAC per DRAM byte; in MAC a cycle, ``achieved``, the roofs
+      ``compute``, ``memory`` (DRAM's bandwidth) and ``sram`` (that of the busiest buffer's port),
+      and ``attainable``, the lowest of them; ``bound``, the name of that one.
     """
     macs = report.operations["macs"]
-    peak = array.rows * array.cols * array.pe.nominal_macs(report.budgets) * np.ones(len(macs))
+    busy = np.asarray(report.utilization * report.cycles)
+    # Without any work (no term in any weight) nothing limits the computation.
+    rate = np.divide(macs, busy, out=np.full(len(macs), np.inf), where=busy > 0)
     intensity = macs / report.dram_bytes
-    memory = intensity * array.dram_bandwidth
+    port_bytes = np.max(list(report.sram_bytes.values()), axis=0)
+    roofs = {
+        "compute": rate,
+        "memory": intensity * array.dram_bandwidth,
+        "sram": macs / port_bytes * array.sram_bandwidth,
+    }
+    heights = np.array(list(roofs.values()))
     return pd.DataFrame(
         {
             "intensity": intensity,
             "achieved": macs / report.cycles,
-            "attainable": np.minimum(peak, memory),
-            "bound": np.where(memory < peak, "memory", "compute"),
+            **roofs,
+            "attainable": heights.min(axis=0),
+            "bound": np.array(list(roofs))[heights.argmin(axis=0)],
         },
         index=pd.Index(report.network.names, name="layer"),
     )
@@ -52,15 +70,20 @@ def roofline(report: Report, array: Array) -> pd.DataFrame:
 def plot_roofline(ax: Any, report: Report, array: Array) -> Any:
     """Layers under the roof of a finite DRAM bandwidth, log-log.
 
+    The flat roof is that of the layer with the fastest computation; layers of larger budgets, or
+    whose SRAM ports are the limit, have lower ones (`roofline`).
+
     Raises:
       ValueError: the array's bandwidth is infinite, which has no slanted roof.
     """
     if not np.isfinite(array.dram_bandwidth):
         raise ValueError("a roofline needs a finite dram_bandwidth")
     points = roofline(report, array)
-    peak = float(np.max(array.rows * array.cols * array.pe.nominal_macs(report.budgets)))
+    rates = points["compute"][np.isfinite(points["compute"])]
+    peak = float(rates.max()) if len(rates) else np.inf
     low, high = points["intensity"].min() / 2, points["intensity"].max() * 2
-    x = np.geomspace(low, max(high, 2 * peak / array.dram_bandwidth), 200)
+    ridge = 2 * peak / array.dram_bandwidth if len(rates) else high
+    x = np.geomspace(low, max(high, ridge), 200)
     ax.loglog(x, np.minimum(peak, x * array.dram_bandwidth), color="black", label="roof")
     ax.loglog(points["intensity"], points["achieved"], "o", label=report.network.name)
     ax.set_xlabel("operational intensity (MAC per DRAM byte)")

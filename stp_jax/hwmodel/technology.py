@@ -21,6 +21,10 @@ import numpy as np
 _SRAM_BYTES = {"sram_8kib_64b": 8 << 10, "sram_32kib_64b": 32 << 10, "sram_1mib_64b": 1 << 20}
 
 
+class MissingEntryError(ValueError):
+    """A table lacks an entry that is needed."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Technology:
@@ -51,10 +55,10 @@ class Technology:
                     raise ValueError(f"{self.name}: {name} has no source")
 
     def require(self, entries: Iterable[str], *, kind: str = "energy_pj") -> None:
-        """Raises ValueError that lists every one of ``entries`` that the table lacks."""
+        """Raises MissingEntryError that lists every one of ``entries`` that the table lacks."""
         missing = sorted(set(entries) - set(getattr(self, kind)))
         if missing:
-            raise ValueError(
+            raise MissingEntryError(
                 f"technology {self.name!r} ({self.node_nm:g} nm) has no {kind} entry for "
                 f"{', '.join(missing)}; it has {', '.join(sorted(getattr(self, kind)))}"
             )

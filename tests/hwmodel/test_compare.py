@@ -50,6 +50,44 @@ def test_nothing_to_compare_is_said():
         hwmodel.compare(NETWORK, {})
 
 
+def test_a_list_of_designs_is_refused():
+    with pytest.raises(TypeError, match="must be a mapping from names to arrays"):
+        hwmodel.compare(NETWORK, [INT8, STP])
+
+
+def test_tables_without_areas_compare_all_but_area():
+    table = dataclasses.replace(hwmodel.HOROWITZ_45NM, area_um2={})
+    frame = hwmodel.compare(NETWORK, {"int8": INT8, "stp": STP}, technology=table)
+    assert frame["area_mm2"].isna().all()
+    assert frame.loc["stp", "array_saving"] > 0
+    with pytest.raises(ValueError, match="has no area_um2 entry"):
+        hwmodel.compare(NETWORK, {"int8": INT8, "stp": STP}, by="area", technology=table)
+
+
+def test_what_cannot_be_matched_is_refused():
+    small = hwmodel.Design(array=hwmodel.Array(rows=2, cols=1))
+    with pytest.raises(ValueError, match=r"a single column of 32 GroupPE takes .* more than"):
+        hwmodel.match(hwmodel.Design(array=STP), small, NETWORK, by="area")
+    empty = hwmodel.Design(array=STP, budgets=0)
+    for design, reference in ((empty, small), (small, empty)):
+        with pytest.raises(ValueError, match="budgets are all 0"):
+            hwmodel.match(design, reference, NETWORK, by="throughput")
+
+
+@pytest.mark.parametrize("dataflow", ["is", "ws", "os"])
+def test_matched_area_counts_the_encoders_of_every_dataflow(dataflow):
+    array = dataclasses.replace(STP, dataflow=dataflow)
+    base = hwmodel.Design(array=INT8)
+    matched = hwmodel.match(hwmodel.Design(array=array), base, NETWORK, by="area").array
+    wider = dataclasses.replace(matched, cols=matched.cols + 1)
+    area, more, room = (sum(hwmodel.array_area_um2(a).values()) for a in (matched, wider, INT8))
+    assert area <= room < more
+    itself = hwmodel.match(
+        hwmodel.Design(array=array), hwmodel.Design(array=array), NETWORK, by="area"
+    )
+    assert itself.array.cols == 32
+
+
 def test_elasticities_are_the_entries_shares_of_array_energy():
     def saving(technology):
         reports = (
@@ -82,6 +120,15 @@ def test_edge_encoders_are_shared_by_the_columns():
         hwmodel.edge_encoders(INT8)
 
 
+def test_encoders_are_where_weights_enter():
+    """Rows where inputs are resident; else columns, down which weights move, or load to stay."""
+    expected = {"is": (32 * 8, 64), "ws": (64 * 8, 1), "os": (64 * 8, 32)}
+    for dataflow, (count, users) in expected.items():
+        encoders = hwmodel.edge_encoders(dataclasses.replace(STP, cols=64, dataflow=dataflow))
+        assert encoders.count == count
+        assert encoders.pj_per_use == pytest.approx(encoders.pj_per_weight / users)
+
+
 def designs(count, seed=0):
     rng = np.random.default_rng(seed)
     return {
@@ -106,6 +153,15 @@ def test_a_sweep_over_all_devices_agrees_with_single_evaluations():
         report = hwmodel.evaluate(NETWORK, hwmodel.Array(pe=pe, **chosen), budgets=budgets)
         np.testing.assert_allclose(swept["cycles"][i], report.total_cycles, rtol=1e-5)
         np.testing.assert_allclose(swept["dram_pj"][i], report.energy_pj["dram"].sum(), rtol=1e-5)
+
+
+def test_sweeps_of_a_subclass_keep_its_other_numbers():
+    pe = hwmodel.TermMac(data_terms=2)
+    swept = hwmodel.sweep(NETWORK, {"group_size": [4, 8], "budgets": [4, 4]}, pe=pe)
+    for i, g in enumerate((4, 8)):
+        array = hwmodel.Array(rows=32, cols=32, pe=hwmodel.TermMac(data_terms=2, group_size=g))
+        report = hwmodel.evaluate(NETWORK, array, budgets=4)
+        np.testing.assert_allclose(swept["cycles"][i], report.total_cycles, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +218,28 @@ def test_rooflines_bound_every_layer():
     assert (points["achieved"] <= points["attainable"] * (1 + 1e-9)).all()
     assert set(points["bound"]) == {"compute", "memory"}
     assert points.loc["fc", "bound"] == "memory"
+    np.testing.assert_allclose(points["compute"], 1024)
+
+
+def test_rooflines_are_of_the_layers_real_rate():
+    """Activations of 2 bits take Stripes 2 cycles, not the 8 of its nominal rate."""
+    network = hwmodel.Network((hwmodel.dense("fc", 512, 4096, rows=8),))
+    array = hwmodel.Array(rows=32, cols=8, pe=hwmodel.Stripes())
+    activations = {"fc": np.full((8, 512), 3)}
+    report = hwmodel.evaluate(network, array, activations=activations)
+    points = hwmodel.roofline(report, array)
+    assert points.loc["fc", "compute"] == pytest.approx(32 * 8 * 16 / 2)
+    assert 0.9 < points.loc["fc", "achieved"] / points.loc["fc", "attainable"] <= 1
+
+
+def test_rooflines_name_the_busiest_port():
+    array = hwmodel.Array(rows=32, cols=32, dram_bandwidth=1e3, sram_bandwidth=2.0)
+    report = hwmodel.evaluate(NETWORK, array)
+    points = hwmodel.roofline(report, array)
+    assert (points["achieved"] <= points["attainable"] * (1 + 1e-9)).all()
+    assert set(points["bound"]) == {"sram"}
+    ports = report.to_pandas().filter(like="_sram_bytes").max(axis=1)
+    np.testing.assert_allclose(points["sram"], 2.0 * report.operations["macs"] / ports)
 
 
 def test_figures_label_their_units():
