@@ -1,15 +1,15 @@
-"""The documentation's results page, written from a comparison's `results.json`.
+"""The documentation's results page, written from the comparisons' `results.json`.
 
-    python -m experiments.results_page runs/compare_methods
+    python -m experiments.results_page runs/compare_methods runs/compare_projections
 
-copies the results to ``docs/results/compare_methods.json`` and writes ``docs/results.md`` and its
-plots from that copy. No number on the page is typed by hand; a test writes it again and compares.
+copies the results of the runs to ``docs/results/EXPERIMENT.json``, without the paths of the machine
+they ran on, and writes ``docs/results.md`` and its plot from what lies there. No number on the page
+is typed by hand; a test writes it again and compares.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +22,8 @@ from experiments.comparison import summary
 
 DOCS = Path(__file__).parents[1] / "docs"
 DATA = DOCS / "results" / "compare_methods.json"
-COMMAND = "python -m experiments.results_page runs/compare_methods"
+PROJECTIONS = DATA.with_name("compare_projections.json")
+COMMAND = "python -m experiments.results_page"
 
 
 def _number(value: Any, form: str) -> str:
@@ -34,10 +35,14 @@ def _top1(row: Mapping[str, Any]) -> str:
     return f"{row['top1']:.2f}{spread} ({int(row['seeds'])})"
 
 
-def _dataset(results: Mapping[str, Any]) -> str:
-    """What it ran on, with a folder's name in the place of its path on that machine."""
-    folder = results["config"]["data_dir"]
-    return results["dataset"].replace(folder, Path(folder).name) if folder else results["dataset"]
+def _portable(results: Mapping[str, Any]) -> str:
+    """The results as JSON, with files' names in the place of their paths on that machine."""
+    text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+    for key in ("data_dir", "init_from"):
+        path = results["config"][key]
+        if path:
+            text = text.replace(path, Path(path).name)
+    return text
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -95,8 +100,28 @@ def _budgets(results: Mapping[str, Any]) -> str:
     )
 
 
-def page(results: Mapping[str, Any]) -> str:
-    """The page in Markdown, from what `experiments.comparison.gather` wrote."""
+def _projections(study: Mapping[str, Any]) -> list[str]:
+    points = list(next(iter(study["top1"].values())))
+    rows = [
+        [way, *(f"{top1[point]:.2f}" for point in points)] for way, top1 in study["top1"].items()
+    ]
+    reference = study["reference"]
+    return [
+        "## Before any retraining",
+        f"What each way of projecting {study['model']} leaves of float's "
+        f"{reference['float']:.2f} % and int8's {reference['int8']:.2f} % (top-1, %, by terms per "
+        f"weight, the same in every layer) on {study['dataset']}:",
+        _table(["projection", *points], rows),
+    ]
+
+
+def page(results: Mapping[str, Any], study: Mapping[str, Any] | None = None) -> str:
+    """The page in Markdown.
+
+    Args:
+      results: what `experiments.comparison.gather` wrote.
+      study: what the experiment ``compare_projections`` wrote, if it was run.
+    """
     config, base = results["comparison"], results["config"]
     methods, changed = summary(results), summary(results, ablation=True)
     plain = methods[methods["terms"].isna()].set_index("method")
@@ -106,12 +131,13 @@ def page(results: Mapping[str, Any]) -> str:
     text = [
         "# Results",
         f"<!-- Written by `{COMMAND}`; do not edit. -->",
-        f"{results['model']} on {_dataset(results)}. One float model is the start of every row: "
+        f"{results['model']} on {results['dataset']}. One float model is the start of every row: "
         f"{base['float_epochs']:g} epoch(s) from "
         + (f"`{Path(base['init_from']).name}`" if base["init_from"] else "random weights")
         + f", {start['float']:.2f} % in float and {start['int8']:.2f} % in int8. From there every "
         f"method, the float baseline included, trains {config['steps']} steps of "
-        f"{config['batch_size']} images; only seeds and methods differ. Groups hold "
+        f"{config['batch_size']} images; only seeds and methods differ. All but STP learn from the "
+        "labels alone, as their papers do; STP also from the float model's soft labels. Groups hold "
         f"{base['group_size']} weights; first and last layer keep all terms of int8. "
         f"Device: {results['device']}.",
         f"Float after these steps: **{_top1(float_row)} %**. Int8: {_top1(int8_row)} %.",
@@ -140,6 +166,7 @@ def page(results: Mapping[str, Any]) -> str:
         "Terms per group that the allocator gives each layer, by terms per weight:",
         _budgets(results),
     ]
+    text += _projections(study) if study else []
     if results["missing"]:
         count = len(results["missing"])
         text += [f"{count} of {count + len(results['rows'])} runs of the comparison were not made."]
@@ -170,17 +197,26 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def stored_study() -> Any:
+    """The stored results of ``compare_projections``; None if there are none."""
+    return json.loads(PROJECTIONS.read_text()) if PROJECTIONS.exists() else None
+
+
 def main(arguments: list[str]) -> int:
-    """Writes the page from a run's folder, or again from the stored results."""
-    if arguments:
-        source = Path(arguments[0]) / "results.json"
-        if not source.is_file():
-            print(f"error: {source} does not exist; run --exp=compare_methods first")
+    """Writes the page from runs' folders, or again from the stored results."""
+    for argument in arguments:
+        source = Path(argument) / "results.json"
+        results = json.loads(source.read_text()) if source.is_file() else {}
+        if results.get("experiment") not in (DATA.stem, PROJECTIONS.stem):
+            print(f"error: {source} is not the result of --exp={DATA.stem} or {PROJECTIONS.stem}")
             return 2
         DATA.parent.mkdir(exist_ok=True)
-        shutil.copyfile(source, DATA)
+        DATA.with_stem(results["experiment"]).write_text(_portable(results))
+    if not DATA.exists():
+        print(f"error: there are no results of --exp={DATA.stem} yet; name that run's folder")
+        return 2
     results = json.loads(DATA.read_text())
-    (DOCS / "results.md").write_text(page(results))
+    (DOCS / "results.md").write_text(page(results, stored_study()))
     plot(results, DOCS / "images" / "results_pareto.png")
     return 0
 

@@ -20,7 +20,7 @@ from experiments.comparison import (
     summary,
 )
 from experiments.config import ConfigError
-from experiments.results_page import DATA, DOCS, page
+from experiments.results_page import DATA, DOCS, page, stored_study
 
 BASE = configs.load("stp_resnet20_cifar10").CONFIG
 
@@ -159,7 +159,7 @@ def test_the_page_holds_every_row_and_says_what_is_missing(comparison):
 
 @pytest.mark.skipif(not DATA.exists(), reason="no stored results")
 def test_the_documentation_shows_the_stored_results():
-    assert (DOCS / "results.md").read_text() == page(json.loads(DATA.read_text()))
+    assert (DOCS / "results.md").read_text() == page(json.loads(DATA.read_text()), stored_study())
 
 
 def test_projections_are_compared_before_retraining(tmp_path):
