@@ -95,6 +95,7 @@ def evaluate(
     moved = traffic(network, array, folding, profile.weight_bits, xp, smoothing)
     # A traced technology makes energies traced, while the counts remain exact.
     energies = _energy(array, technology, profile, moved, namespace(array, budgets, technology))
+    select_pj = energies.pop("select")
     compute = folding.fill_cycles + profile.cycles
     first_fill = moved.first_fill_bytes / as_real(array.dram_bandwidth, xp)
     memory = memory_cycles(array, moved, xp, smoothing)  # what the first fill leaves
@@ -113,6 +114,7 @@ def evaluate(
         dram_bytes=moved.dram_bytes,
         sram_bytes=moved.sram_bytes,
         energy_pj=energies,
+        select_pj=select_pj,
     )
     # A transformation would make int32 of whole counts, which wraps.
     traced = namespace(report) is not np

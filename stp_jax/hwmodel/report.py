@@ -30,8 +30,9 @@ class Report:
       dram_bytes: bytes to and from DRAM.
       sram_bytes: bytes through the port of each buffer, ``ifmap``, ``filter`` and ``ofmap``.
       energy_pj: ``array`` (shift, multiply and add: what the computational saving compares),
-        ``select`` (an estimate of selecting a group's activation, for `GroupPE`), ``encoder``,
-        ``registers`` (operands and sums inside the array), ``sram``, ``dram``.
+        ``encoder``, ``registers`` (operands and sums inside the array), ``sram``, ``dram``.
+      select_pj: an estimate of what selecting one of a group's activations takes, for `GroupPE`,
+        else 0; in none of the components.
       node_nm: process node of the energies.
     """
 
@@ -46,6 +47,7 @@ class Report:
     dram_bytes: Any
     sram_bytes: dict[str, Any]
     energy_pj: dict[str, Any]
+    select_pj: Any
 
     @property
     def total_cycles(self) -> Any:
@@ -137,8 +139,8 @@ def computational_saving(
 
     ``baseline`` is the int8 bit-parallel input-stationary array, ``ours`` the same network on an
     array of the same throughput class. Memory and registers are not part of it; the encoder is
-    only with ``encoder=True``, and both figures should be reported. With ``select=True`` the
-    selection of activations is as well, which is an estimate.
+    only with ``encoder=True``, and both figures should be reported. ``select=True`` adds the
+    estimate of selecting activations (``select_pj``).
 
     Same throughput class means the same number of additions a cycle, that is of PEs: a
     `BitParallel` PE adds one product a cycle, a `GroupPE` one term. At k = g, one term per weight,
@@ -158,6 +160,6 @@ def computational_saving(
             f"the two reports are at {baseline.node_nm:g} nm and {ours.node_nm:g} nm; energies of "
             "different nodes must not be mixed"
         )
-    included = ("array", *(["encoder"] if encoder else []), *(["select"] if select else []))
-    own = sum(ours.energy_pj[component] for component in included)
+    own = ours.energy_pj["array"] + (ours.energy_pj["encoder"] if encoder else 0.0)
+    own = own + (ours.select_pj if select else 0.0)
     return baseline.energy_pj["array"].sum(axis=-1) / own.sum(axis=-1)
