@@ -59,7 +59,8 @@ def main(topology: str, dataflow: str, out: str) -> None:
             if not line or not line[0].strip():
                 continue
             height, width, kernel_h, kernel_w, channels, filters, stride = map(int, line[1:8])
-            pixels = ((height - kernel_h) // stride + 1) * ((width - kernel_w) // stride + 1)
+            pixels = -(-(height - kernel_h + stride) // stride)  # as its topology_utils rounds
+            pixels *= -(-(width - kernel_w + stride) // stride)
             window = kernel_h * kernel_w * channels
             writer.writerow([line[0].strip(), *count(dataflow, pixels, window, filters)])
 

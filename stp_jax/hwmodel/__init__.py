@@ -24,6 +24,7 @@ from stp_jax.hwmodel.network import Network as Network
 from stp_jax.hwmodel.network import conv as conv
 from stp_jax.hwmodel.network import dense as dense
 from stp_jax.hwmodel.network import matmul as matmul
+from stp_jax.hwmodel.network import read_scalesim_config as read_scalesim_config
 from stp_jax.hwmodel.network import read_scalesim_topology as read_scalesim_topology
 from stp_jax.hwmodel.onnx import read_onnx as read_onnx
 from stp_jax.hwmodel.pes import PE as PE

@@ -23,7 +23,7 @@ def layer_patches(layer: Layer, activations: Any, bits: int) -> np.ndarray:
     Args:
       layer: the layer.
       activations: patches (P, groups * K), channels fastest within a product; or, for convolutions,
-        the input (N, *spatial, channels), around which zeros are laid as for ``SAME`` padding.
+        the input (N, *spatial, channels), around which the layer's padding is laid.
       bits: width; magnitudes must be below 2**bits.
 
     Raises:
@@ -56,13 +56,12 @@ def check_activations(layer: Layer, activations: Any, bits: int) -> np.ndarray:
 
 def _patches(layer: Layer, a: np.ndarray) -> np.ndarray:
     axes = tuple(range(1, 1 + len(layer.kernel)))
-    extents = zip(layer.in_size, layer.out_size, layer.kernel, layer.stride, strict=True)
-    missing = [max((out - 1) * stride + k - n, 0) for n, out, k, stride in extents]
-    padding = [(0, 0), *((m // 2, m - m // 2) for m in missing), (0, 0)]
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(a, padding), layer.kernel, axes)
+    padded = np.pad(a, [(0, 0), *layer.padding, (0, 0)])
+    windows = np.lib.stride_tricks.sliding_window_view(padded, layer.reach, axes)
     steps = zip(layer.out_size, layer.stride, strict=True)
-    chosen = tuple(slice(0, (out - 1) * stride + 1, stride) for out, stride in steps)
-    windows = windows[(slice(None), *chosen)]  # (N, *out, channels, *kernel)
+    chosen = [slice(0, (out - 1) * stride + 1, stride) for out, stride in steps]
+    taps = [slice(None, None, dilation) for dilation in layer.dilation]
+    windows = windows[(slice(None), *chosen, slice(None), *taps)]  # (N, *out, channels, *kernel)
     split = windows.reshape(layer.P, layer.groups, layer.group_channels, layer.window)
     return split.transpose(1, 3, 2, 0).reshape(layer.groups, layer.K, layer.P)
 

@@ -5,6 +5,7 @@ import pytest
 from flax import linen, nnx
 
 from stp_jax import hwmodel
+from stp_jax.hwmodel.operands import layer_patches
 
 
 def test_grouped_convolution_is_independent_products():
@@ -204,3 +205,124 @@ def test_what_cannot_be_traced_is_said():
         hwmodel.trace(nnx.ConvTranspose(3, 4, (3, 3), rngs=nnx.Rngs(0)), jnp.zeros((1, 8, 8, 3)))
     with pytest.raises(ValueError, match="no convolution"):
         hwmodel.trace(nnx.BatchNorm(4, rngs=nnx.Rngs(0)), jnp.zeros((1, 4)))
+
+
+CONVOLUTIONS = {
+    "symmetric, stride 2": {"padding": ((3, 3), (3, 3)), "stride": 2, "kernel": 7},
+    "SAME, stride 2": {"padding": "SAME", "stride": 2, "kernel": 3},
+    "VALID": {"padding": "VALID", "stride": (2, 3), "kernel": (3, 2)},
+    "asymmetric": {"padding": ((0, 2), (3, 1)), "stride": (3, 2), "kernel": (4, 3)},
+    "dilated": {"padding": ((2, 1), (0, 2)), "dilation": (2, 3), "kernel": (3, 2), "stride": 2},
+    "dilated, SAME": {"padding": "SAME", "dilation": 2, "kernel": 3},
+}
+
+
+def pair(extent):
+    return (extent, extent) if isinstance(extent, int) else extent
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_patches_are_those_of_the_convolution(name):
+    options = CONVOLUTIONS[name]
+    layer = hwmodel.conv("c", (11, 13), channels=4, filters=6, groups=2, batch=2, **options)
+    x = np.random.default_rng(0).integers(1, 200, (2, 11, 13, 4))
+    expected = jax.lax.conv_general_dilated_patches(
+        x.astype(np.float32),
+        pair(options["kernel"]),
+        pair(options.get("stride", 1)),
+        options["padding"],
+        rhs_dilation=pair(options.get("dilation", 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    assert layer.out_size == expected.shape[1:3]
+    by_group = np.asarray(expected).reshape(layer.P, 2, 2, layer.window).transpose(1, 3, 2, 0)
+    patches = layer_patches(layer, x, 8)
+    np.testing.assert_array_equal(patches, by_group.reshape(2, layer.K, layer.P))
+    pixels = np.arange(1, 11 * 13 * 8 + 1).reshape(2, 11, 13, 4)
+    read = np.unique(layer_patches(layer, pixels, 12))
+    assert layer.input_words == np.count_nonzero(read)
+
+
+@pytest.mark.parametrize(
+    "padding", [((1, 1),), ((-1, 1), (1, 1)), ((0, 0), (0, 0))], ids=["axes", "negative", "few"]
+)
+def test_a_layer_checks_its_padding(padding):
+    with pytest.raises(ValueError, match="layer 'c'"):
+        hwmodel.Layer(
+            name="c",
+            in_size=(8, 8),
+            out_size=(8, 8),
+            kernel=(3, 3),
+            stride=(1, 1),
+            channels=1,
+            filters=1,
+            padding=padding,
+        )
+
+
+def test_scalesim_rounds_outputs_up(tmp_path):
+    path = tmp_path / "net.csv"
+    path.write_text(f"{HEADER}\nconv1,230,230,7,7,3,64,2,\n")
+    (layer,) = hwmodel.read_scalesim_topology(path)
+    assert layer.out_size == (113, 113)  # ceil((230 - 7 + 2) / 2)
+    assert layer.input_words == 3 * 230**2
+
+
+def test_scalesim_depthwise_layers_gemms_and_ratios(tmp_path):
+    path = tmp_path / "net.csv"
+    path.write_text(f"{HEADER}\nConv2_DP,16,16,3,3,32,1,1,1:1,\nqk,197,64,384,\nfc,5,6,7,1:1,\n")
+    network = hwmodel.read_scalesim_topology(path)
+    assert extents(network) == {
+        "Conv2_DP": (9, 14**2, 1, 32),
+        "qk": (384, 197, 64, 1),
+        "fc": (7, 5, 6, 1),
+    }
+    path.write_text(f"{HEADER}\nsparse,16,16,3,3,32,1,1,2:4,\n")
+    with pytest.raises(ValueError, match=r"net\.csv:2: layer 'sparse'.*2:4"):
+        hwmodel.read_scalesim_topology(path)
+
+
+def test_a_scalesim_topology_without_a_header_is_refused(tmp_path):
+    path = tmp_path / "net.csv"
+    path.write_text("conv1,229,229,7,7,3,64,2,\nfc,1,1,1,1,512,1000,1,\n")
+    with pytest.raises(ValueError, match=r"net\.csv:1: expected a header line.*'conv1'"):
+        hwmodel.read_scalesim_topology(path)
+
+
+SCALESIM_CONFIG = """[general]
+run_name = ours
+
+[architecture_presets]
+ArrayHeight:    16
+ArrayWidth:     24
+IfmapSramSzkB:  64
+FilterSramSzkB: 32
+OfmapSramSzkB:  8
+Dataflow : os
+Bandwidth : 10
+
+[run_presets]
+InterfaceBandwidth: {bandwidth}
+"""
+
+
+def test_reads_a_scalesim_configuration(tmp_path):
+    path = tmp_path / "scale.cfg"
+    path.write_text(SCALESIM_CONFIG.format(bandwidth="CALC"))
+    expected = {
+        "rows": 16,
+        "cols": 24,
+        "dataflow": "os",
+        "ifmap_sram": 65536,
+        "filter_sram": 32768,
+        "ofmap_sram": 8192,
+    }
+    assert hwmodel.read_scalesim_config(path) == hwmodel.Array(**expected)
+    path.write_text(SCALESIM_CONFIG.format(bandwidth="USER"))
+    assert hwmodel.read_scalesim_config(path) == hwmodel.Array(**expected, dram_bandwidth=10.0)
+    path.write_text(SCALESIM_CONFIG.replace("ArrayWidth:     24\n", ""))
+    with pytest.raises(ValueError, match="no ArrayWidth"):
+        hwmodel.read_scalesim_config(path)
+    path.write_text("ArrayHeight: 16")
+    with pytest.raises(ValueError, match=r"scale\.cfg"):
+        hwmodel.read_scalesim_config(path)
