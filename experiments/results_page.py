@@ -137,8 +137,8 @@ def page(results: Mapping[str, Any], study: Mapping[str, Any] | None = None) -> 
         + f", {start['float']:.2f} % in float and {start['int8']:.2f} % in int8. From there every "
         f"method, the float baseline included, trains {config['steps']} steps of "
         f"{config['batch_size']} images; only seeds and methods differ. All but STP learn from the "
-        "labels alone, as their papers do; STP also from the float model's soft labels. Groups hold "
-        f"{base['group_size']} weights; first and last layer keep all terms of int8. "
+        "labels alone, as their papers do; STP also from the float model's soft labels. Groups "
+        f"hold {base['group_size']} weights; first and last layer keep all terms of int8. "
         f"Device: {results['device']}.",
         f"Float after these steps: **{_top1(float_row)} %**. Int8: {_top1(int8_row)} %.",
         "## Methods at equal terms per weight",

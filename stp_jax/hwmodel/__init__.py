@@ -42,4 +42,5 @@ from stp_jax.hwmodel.technology import HOROWITZ_45NM as HOROWITZ_45NM
 from stp_jax.hwmodel.technology import Technology as Technology
 from stp_jax.hwmodel.technology import read_technology as read_technology
 from stp_jax.hwmodel.trace import record_activations as record_activations
+from stp_jax.hwmodel.trace import record_operands as record_operands
 from stp_jax.hwmodel.trace import trace as trace

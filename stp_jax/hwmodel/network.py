@@ -381,6 +381,8 @@ def _scalesim_convolution(
     stride = (strides[0], strides[-1])
     if any(k > n for n, k in zip(in_size, kernel, strict=True)):
         raise ValueError(f"a window of {kernel} does not fit an input of {in_size}")
+    if min(stride) < 1:
+        raise ValueError(f"layer {name!r}: strides must be positive integers, got {stride}")
     axes = list(zip(in_size, kernel, stride, strict=True))
     out_size = tuple(-(-(n - k + s) // s) for n, k, s in axes)
     depthwise = "DP" in name
