@@ -42,9 +42,10 @@ def trace(model: Any, *inputs: Any, name: str | None = None, **kwargs: Any) -> N
     Args:
       model: an NNX module, a Linen module (its variables' shapes come from its ``init``), a bound
         Linen module, or what `stp_jax.quantize` makes of one.
-      *inputs: arrays or ``jax.ShapeDtypeStruct``; only shape and dtype are used.
+      *inputs: arrays or ``jax.ShapeDtypeStruct``, of which only shape and dtype are used; what
+        has no shape, such as a bool, stays as it is.
       name: the network's name, by default the model's class.
-      **kwargs: static keyword arguments of the call, such as ``train=False``.
+      **kwargs: keyword arguments of the call, such as ``train=False``, likewise.
 
     Returns:
       A network whose layer names are module paths joined by dots (``layer1.0.conv1``); the n-th
@@ -62,9 +63,9 @@ def trace(model: Any, *inputs: Any, name: str | None = None, **kwargs: Any) -> N
         model = model.module  # an STP model has its module's layers
     recorder = _Recorder()
     if isinstance(model, nnx.Module):
-        jaxpr = _nnx_jaxpr(model, recorder, inputs, kwargs)
+        jaxpr = _nnx_jaxpr(model, recorder, _Call(inputs, kwargs))
     elif isinstance(model, linen.Module):
-        jaxpr = _linen_jaxpr(model, recorder, inputs, kwargs)
+        jaxpr = _linen_jaxpr(model, recorder, _Call(inputs, kwargs))
     else:
         raise TypeError(f"expected an nnx.Module or a linen.Module, got {type(model).__name__}")
     layers = _Walk(recorder.marks).layers(jaxpr, held=False)
@@ -162,14 +163,20 @@ class _Recorder:
         self.keep = keep
         self._uses = _Uses()
 
-    def call(self, layers: list[Layer], held: Callable, lhs: Any, rhs: Any, *args, **kwargs) -> Any:
-        """``held(lhs, rhs, ...)``, marked in the jaxpr; when running for real, kept."""
+    def call(
+        self, name: str, describe: Callable, held: Callable, lhs: Any, rhs: Any, *args, **kwargs
+    ) -> Any:
+        """``held(lhs, rhs, ...)``, marked in the jaxpr; when running for real, kept.
+
+        ``describe`` makes the layer from the shapes of both operands and of the result.
+        """
         if self.keep:
-            (layer,) = layers
-            self.inputs[self._uses.unique(layer.name)] = np.asarray(lhs)
+            self.inputs[self._uses.unique(name)] = np.asarray(lhs)
             return held(lhs, rhs, *args, **kwargs)
-        with self.marked(layers, rhs) as (mark, rhs):
-            return self.result(mark, held(lhs, rhs, *args, **kwargs))
+        with self.marked([], rhs) as (mark, rhs):
+            out = held(lhs, rhs, *args, **kwargs)
+            self.marks[mark].layers.append(describe(lhs.shape, rhs.shape, out.shape))
+            return self.result(mark, out)
 
     @contextlib.contextmanager
     def marked(self, layers: list[Layer], rhs: Any = None):
@@ -371,13 +378,32 @@ def _jaxprs(params: dict[str, Any]) -> list[Jaxpr]:
     return [jaxpr for jaxpr in closed if isinstance(jaxpr, Jaxpr)]
 
 
-def _nnx_jaxpr(model: nnx.Module, recorder: _Recorder, inputs, kwargs) -> Jaxpr:
+class _Call:
+    """A call's arguments, of which only those with a shape are traced."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._leaves, self._tree = jax.tree.flatten((args, kwargs))
+        self._traced = [hasattr(leaf, "shape") for leaf in self._leaves]
+
+    @property
+    def arrays(self) -> list[Any]:
+        return [leaf for leaf, traced in zip(self._leaves, self._traced, strict=True) if traced]
+
+    def run(self, function: Callable, arrays: Any) -> Any:
+        given = iter(arrays)
+        leaves = zip(self._leaves, self._traced, strict=True)
+        leaves = [next(given) if traced else leaf for leaf, traced in leaves]
+        args, kwargs = jax.tree.unflatten(self._tree, leaves)
+        return function(*args, **kwargs)
+
+
+def _nnx_jaxpr(model: nnx.Module, recorder: _Recorder, call: _Call) -> Jaxpr:
     graph, state = nnx.split(_hooked(model, recorder))
 
-    def call(state, *args):
-        return jax.tree.leaves(nnx.merge(graph, state)(*args, **kwargs))
+    def run(state, arrays):
+        return jax.tree.leaves(call.run(nnx.merge(graph, state), arrays))
 
-    return jax.make_jaxpr(call)(state, *inputs).jaxpr
+    return jax.make_jaxpr(run)(state, call.arrays).jaxpr
 
 
 def _hooked(model: nnx.Module, recorder: _Recorder) -> nnx.Module:
@@ -413,49 +439,41 @@ def _wrap(module: nnx.Module, hook: str, wrapper: Callable, name: str, recorder)
     setattr(module, hook, nnx.static(wrapper(getattr(module, hook), name, recorder)))
 
 
+# Positional arguments of jax.lax.conv_general_dilated after the padding.
+_CONV_OPTIONS = ("lhs_dilation", "rhs_dilation", "dimension_numbers", "feature_group_count")
+
+
 def _recorded_conv(held: Callable, name: str, recorder: _Recorder) -> Callable:
     def conv_general_dilated(lhs, rhs, window_strides, padding, *args, **kwargs):
         options = dict(zip(_CONV_OPTIONS, args, strict=False)) | kwargs
         options |= {"window_strides": window_strides, "padding": padding}
-        out = jax.eval_shape(
-            lambda lhs, rhs: jax.lax.conv_general_dilated(
-                lhs, rhs, **{k: v for k, v in options.items() if k in _SHAPING}
-            ),
-            *(jax.ShapeDtypeStruct(x.shape, np.float32) for x in (lhs, rhs)),
+        describe = functools.partial(_conv, name, **options)
+        return recorder.call(
+            name, describe, held, lhs, rhs, window_strides, padding, *args, **kwargs
         )
-        layer = _conv(name, lhs.shape, rhs.shape, out.shape, **options)
-        return recorder.call([layer], held, lhs, rhs, window_strides, padding, *args, **kwargs)
 
     return conv_general_dilated
 
 
-# Positional arguments of jax.lax.conv_general_dilated after the padding.
-_CONV_OPTIONS = (
-    "lhs_dilation",
-    "rhs_dilation",
-    "dimension_numbers",
-    "feature_group_count",
-    "batch_group_count",
-)
-_SHAPING = ("window_strides", "padding", *_CONV_OPTIONS)
-
-
 def _recorded_dot(held: Callable, name: str, recorder: _Recorder) -> Callable:
     def dot_general(lhs, rhs, dimension_numbers, *args, **kwargs):
-        layer = _product(name, lhs.shape, rhs.shape, *dimension_numbers)
-        return recorder.call([layer], held, lhs, rhs, dimension_numbers, *args, **kwargs)
+        def describe(lhs, rhs, _):
+            return _product(name, lhs, rhs, *dimension_numbers)
+
+        return recorder.call(name, describe, held, lhs, rhs, dimension_numbers, *args, **kwargs)
 
     return dot_general
 
 
 def _recorded_einsum(held: Callable, name: str, recorder: _Recorder) -> Callable:
     def einsum(equation, lhs, rhs, *args, **kwargs):
-        layer = _einsum(name, equation, lhs.shape, rhs.shape)
+        def describe(lhs, rhs, _):
+            return _einsum(name, equation, lhs, rhs)
 
         def product(lhs, rhs):
             return held(equation, lhs, rhs, *args, **kwargs)
 
-        return recorder.call([layer], product, lhs, rhs)
+        return recorder.call(name, describe, product, lhs, rhs)
 
     return einsum
 
@@ -468,26 +486,27 @@ def _recorded_attention(held: Callable, name: str, recorder: _Recorder) -> Calla
     return attention
 
 
-def _linen_jaxpr(model: linen.Module, recorder: _Recorder, inputs, kwargs) -> Jaxpr:
+def _linen_jaxpr(model: linen.Module, recorder: _Recorder, call: _Call) -> Jaxpr:
     keys = {stream: jax.random.key(0) for stream in ("params", "dropout")}
     if model.scope is not None:
         module, variables = model.unbind()
     else:
         module = model
-        variables = jax.eval_shape(lambda *args: module.init(keys, *args, **kwargs), *inputs)
+        init = functools.partial(module.init, keys)
+        variables = jax.eval_shape(functools.partial(call.run, init), call.arrays)
 
-    def record(next_fun, args, call_kwargs, context):
+    def record(next_fun, args, kwargs, context):
         if context.method_name != "__call__":
-            return next_fun(*args, **call_kwargs)
+            return next_fun(*args, **kwargs)
         name = ".".join(context.module.path) or "model"
-        return _record_linen(recorder, name, context.module, next_fun, args, call_kwargs)
+        return _record_linen(recorder, name, context.module, next_fun, args, kwargs)
 
-    def call(variables, *args):
-        out = module.apply(variables, *args, rngs=keys, mutable=True, **kwargs)
-        return jax.tree.leaves(out)
+    def run(variables, arrays):
+        apply = functools.partial(module.apply, variables, rngs=keys, mutable=True)
+        return jax.tree.leaves(call.run(apply, arrays))
 
     with linen.intercept_methods(record):
-        return jax.make_jaxpr(call)(variables, *inputs).jaxpr
+        return jax.make_jaxpr(run)(variables, call.arrays).jaxpr
 
 
 def _record_linen(recorder: _Recorder, name: str, module: Any, next_fun, args, kwargs) -> Any:

@@ -354,10 +354,10 @@ def project(
       budget: terms per group, an integer from 0 to `max_budget`, which is plain rounding; may be
         traced.
       axis: the reduction axis, along which groups lie.
-      method: ``optimal`` (least squared error) or ``greedy`` (term revealing, SC20), which keeps the
-        largest of the digits that the encoding gives. With ``booth4`` the value that they leave may
-        count more terms again, since Booth's recoding is not minimal: 7 = 8 - 1 leaves 8, which it
-        writes as 16 - 8.
+      method: ``optimal`` (least squared error) or ``greedy`` (term revealing, SC20), which keeps
+        the largest of the digits that the encoding gives. With ``booth4`` the value that they leave
+        may count more terms again, since Booth's recoding is not minimal: 7 = 8 - 1 leaves 8, which
+        it writes as 16 - 8.
       encoding: how terms are counted.
       bits: width of the integers; terms have exponents 0 to ``bits - 1`` and values reach
         ``±2**(bits - 1)``. Weights outside are clipped.

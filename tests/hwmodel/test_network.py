@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 
+import stp_jax
 from stp_jax import hwmodel
-from stp_jax.hwmodel.operands import layer_patches
+from stp_jax.hwmodel.operands import layer_patches, layer_weights
 
 
 def test_grouped_convolution_is_independent_products():
@@ -136,14 +137,15 @@ def test_recorded_activations_are_what_the_layers_see():
     model, x = Block(nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
     recorded = hwmodel.record_activations(model, x)
     network = hwmodel.trace(model, x)
-    assert set(recorded) == {layer.name for layer in network if layer.kind != "matmul"}
+    assert set(recorded) == set(network.names)
     seen = model.depthwise(model.conv(x))  # before the norm, whose statistics need not be known
-    np.testing.assert_array_equal(
-        recorded["conv"], np.rint(np.asarray(x) * (255 / np.abs(x).max()))
-    )
+    signed = np.rint(np.asarray(x) * (127 / np.abs(x).max()))  # 8 bits with the sign
+    np.testing.assert_array_equal(recorded["conv"], signed)
+    positive = hwmodel.record_activations(model, jnp.abs(x))["conv"]
+    assert (positive.min() >= 0, positive.max()) == (True, 255)
     inside = np.asarray(model.conv(x))
     np.testing.assert_allclose(
-        recorded["depthwise"] / 255, inside / np.abs(inside).max(), atol=0.5 / 255 + 1e-6
+        recorded["depthwise"] / 127, inside / np.abs(inside).max(), atol=0.5 / 127 + 1e-6
     )
     assert recorded["dense.0"].shape == seen.shape
     array = hwmodel.Array(rows=4, cols=4, pe=hwmodel.BitPragmatic())
@@ -196,6 +198,179 @@ def test_traces_linen_layers(bound):
         "attention.out": (16, 32, 16, 1),
         "head": (256, 2, 7, 1),
     }
+
+
+def macs_of(model, *inputs):
+    return hwmodel.trace(model, *(jnp.zeros(shape) for shape in inputs)).macs
+
+
+@pytest.mark.parametrize("steps", [1, 6, 50])
+def test_recurrent_cells_count_at_every_step(steps):
+    lstm = nnx.RNN(nnx.OptimizedLSTMCell(16, 32, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    assert macs_of(lstm, (3, steps, 16)) == 3 * steps * 4 * 32 * (16 + 32)
+    simple = linen.RNN(linen.SimpleCell(8))
+    assert macs_of(simple, (3, steps, 8)) == 3 * steps * 8 * (8 + 8)
+
+
+def test_layers_of_a_cell_are_named_step_by_step():
+    network = hwmodel.trace(linen.RNN(linen.SimpleCell(8)), jnp.zeros((2, 3, 4)))
+    first = network.names[:2]
+    assert {layer.K for layer in network.layers[:2]} == {4, 8}
+    assert network.names == (*first, *(f"{n}@2" for n in first), *(f"{n}@3" for n in first))
+
+
+class Stacked(nnx.Module):
+    """Three dense layers in one, run by a scan over their weights."""
+
+    def __init__(self):
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap
+        def create(rngs):
+            return nnx.Linear(8, 8, rngs=rngs)
+
+        self.layers = create(nnx.Rngs(0))
+
+    def __call__(self, x):
+        return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
+            x, self.layers
+        )
+
+
+def test_stacked_layers_count_each():
+    network = hwmodel.trace(Stacked(), jnp.zeros((2, 8)))
+    assert extents(network) == dict.fromkeys(("layers", "layers@2", "layers@3"), (8, 2, 8, 1))
+    recorded = hwmodel.record_activations(Stacked(), jnp.ones((2, 8)))
+    assert tuple(recorded) == network.names
+
+
+class Mapped(nnx.Module):
+    def __init__(self, rngs):
+        self.shared = nnx.Linear(8, 8, rngs=rngs)
+        self.copies = nnx.vmap(lambda rngs: nnx.Linear(8, 4, rngs=rngs))(rngs.split(5))
+
+    def __call__(self, x):
+        x = jax.vmap(self.shared)(x)
+        return nnx.vmap(lambda layer, x: layer(x))(self.copies, x)
+
+
+def test_mapped_layers_have_more_rows_or_more_copies():
+    network = hwmodel.trace(Mapped(nnx.Rngs(0)), jnp.zeros((5, 3, 8)))
+    assert extents(network) == {"shared": (8, 15, 8, 1), "copies": (8, 3, 4, 1)} | {
+        f"copies@{n}": (8, 3, 4, 1) for n in range(2, 6)
+    }
+
+
+class Open(nnx.Module):
+    """Products that no layer makes."""
+
+    def __init__(self, rngs):
+        self.d = nnx.Linear(8, 6, rngs=rngs)
+        self.w = nnx.Param(jnp.ones((6, 4)))
+
+    def __call__(self, x):
+        x = self.d(x) @ self.w[...]
+        x = jax.lax.cond(
+            x.sum() > 0,
+            lambda x: x @ jnp.ones((4, 5)),
+            lambda x: x[:, :1] * 2.0 @ jnp.ones((1, 5)),
+            x,
+        )
+        kernel = jnp.ones((3, 1, 2))
+        return jax.lax.conv_general_dilated(
+            x[..., None], kernel, (2,), [(1, 0)], dimension_numbers=("NWC", "WIO", "NWC")
+        )
+
+
+def test_products_in_the_open_are_counted():
+    network = hwmodel.trace(Open(nnx.Rngs(0)), jnp.zeros((3, 8)))
+    assert extents(network) == {
+        "d": (8, 3, 6, 1),
+        "product": (6, 3, 4, 1),
+        "product@2": (4, 3, 5, 1),
+        "convolution": (3, 3 * 2, 2, 1),
+    }
+    assert network.layers[-1].padding == ((1, 0),)
+
+
+class Looped(nnx.Module):
+    def __init__(self, rngs):
+        self.d = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return jax.lax.while_loop(lambda x: x.sum() < 1, self.d, x)
+
+
+def test_a_layer_in_a_loop_of_unknown_length_is_refused():
+    with pytest.raises(ValueError, match="d: runs in a while loop"):
+        hwmodel.trace(Looped(nnx.Rngs(0)), jnp.zeros((3, 8)))
+
+
+class Masked(linen.Module):
+    """Its first argument is not an array."""
+
+    @linen.compact
+    def __call__(self, training, inputs):
+        x = linen.Dense(4, name="d")(inputs["x"])
+        return linen.Dropout(0.5, deterministic=not training)(x)
+
+
+def test_linen_modules_may_take_anything():
+    network = hwmodel.trace(Masked(), False, {"x": jnp.zeros((2, 3))})
+    assert extents(network) == {"d": (3, 2, 4, 1)}
+
+
+def test_a_quantized_linen_model_has_its_modules_layers():
+    policy = stp_jax.Policy([stp_jax.Rule(path=".*", budget=6)])
+    model, x = LinenBlock(), jnp.zeros((2, 8, 8, 3))
+    quantized = hwmodel.trace(stp_jax.quantize(model, policy), x)
+    assert quantized.layers == hwmodel.trace(model, x).layers
+
+
+def test_a_quantized_model_has_no_products_of_its_quantizers():
+    model, x = Block(nnx.Rngs(0)), jnp.zeros((2, 8, 8, 3))
+    rules = [stp_jax.Rule(path=".*", budget=6, activations="dynamic")]
+    quantized = hwmodel.trace(stp_jax.quantize(model, stp_jax.Policy(rules)), x)
+    assert quantized.layers == hwmodel.trace(model, x).layers
+
+
+@pytest.mark.parametrize("padding", [((1, 1), (1, 1)), "SAME", "VALID", "CIRCULAR", 2])
+def test_traced_convolutions_have_their_padding(padding):
+    options = {"strides": 2, "padding": padding, "kernel_dilation": (1, 2)}
+    x = jax.ShapeDtypeStruct((1, 9, 8, 3), jnp.float32)
+    (ours,) = hwmodel.trace(nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0), **options), x)
+    (theirs,) = hwmodel.trace(linen.Conv(4, (3, 3), **options), x)
+    assert ours == theirs
+    assert ours.dilation == (1, 2)
+    explicit = ((2, 2), (2, 2)) if padding == 2 else padding
+    assert isinstance(padding, str) or ours.padding == explicit
+
+
+def test_recorded_products_are_those_of_attention():
+    model, x = Attention(nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (3, 5, 8))
+    network = hwmodel.trace(model, x)
+    activations, weights = hwmodel.record_operands(model, x)
+    assert set(weights) == {"model.scores", "model.context"}
+    scores, context = network.layers[1:]
+    heads = np.moveaxis(np.asarray(model.qkv(x)).reshape(3, 5, 3, 2, 4), 2, 0)
+    query, key, value = heads.swapaxes(2, 3).reshape(3, 6, 5, 4)  # products first
+    made = [
+        np.einsum(
+            "gkp,gkm->gpm",
+            layer_patches(layer, activations[layer.name], 8),
+            layer_weights(layer, weights[layer.name], 8),
+        )
+        for layer in (scores, context)
+    ]
+    product = query @ key.swapaxes(1, 2)
+    np.testing.assert_allclose(
+        made[0] / np.abs(made[0]).max(), product / np.abs(product).max(), atol=0.02
+    )
+    expected = np.asarray(jax.nn.softmax(product / 2, axis=-1)) @ value
+    np.testing.assert_allclose(
+        made[1] / np.abs(made[1]).max(), expected / np.abs(expected).max(), atol=0.02
+    )
+    array = hwmodel.Array(rows=4, cols=4, pe=hwmodel.BitPragmatic())
+    assert (hwmodel.evaluate(network, array, activations=activations).cycles > 0).all()
 
 
 def test_what_cannot_be_traced_is_said():

@@ -398,7 +398,7 @@ def test_linen_models_are_told_apart():
             TypeError, match=r"is a Linen model: .* methods of what stp_jax\.quantize"
         ):
             function(model)
-    with pytest.raises(TypeError, match="expected an nnx.Module, got dict"):
+    with pytest.raises(TypeError, match=r"expected an nnx\.Module, got dict"):
         stp_jax.budgets({})
 
 
