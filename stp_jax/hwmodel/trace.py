@@ -238,7 +238,7 @@ def _conv(
     dimension_numbers: Any = None,
     feature_group_count: int = 1,
     batch_group_count: int = 1,
-    **_: Any,
+    **others: Any,
 ) -> Layer:
     """A layer from the shapes and the arguments of ``jax.lax.conv_general_dilated``."""
     if {*(lhs_dilation or ())} - {1}:
@@ -365,10 +365,8 @@ class _Walk:
 
 def _mapped(layer: Layer, rows: int) -> Layer:
     """The layer, of which vmap executes so many with the same weights."""
-    if layer.kind == "matmul":
-        extents = {name: rows * getattr(layer, name) for name in ("channels", "filters", "groups")}
-    else:
-        extents = {"batch": rows * layer.batch}
+    more = ("channels", "filters", "groups") if layer.kind == "matmul" else ("batch",)
+    extents: dict[str, Any] = {name: rows * getattr(layer, name) for name in more}
     return dataclasses.replace(layer, **extents)
 
 
@@ -391,8 +389,8 @@ class _Call:
 
     def run(self, function: Callable, arrays: Any) -> Any:
         given = iter(arrays)
-        leaves = zip(self._leaves, self._traced, strict=True)
-        leaves = [next(given) if traced else leaf for leaf, traced in leaves]
+        both = zip(self._leaves, self._traced, strict=True)
+        leaves = [next(given) if traced else leaf for leaf, traced in both]
         args, kwargs = jax.tree.unflatten(self._tree, leaves)
         return function(*args, **kwargs)
 
@@ -525,7 +523,7 @@ def _record_linen(recorder: _Recorder, name: str, module: Any, next_fun, args, k
     x = args[0] if args else kwargs["inputs"]
     with recorder.marked([]) as (mark, _):
         out = next_fun(*args, **kwargs)
-        kernel = module.get_variable("params", "kernel")
+        kernel: Any = module.get_variable("params", "kernel")
         kernel = checkpoint_name(getattr(kernel, "value", kernel), mark + "weights")
         recorder.marks[mark].weights = np.size(kernel)
         recorder.marks[mark].layers.append(_linen_layer(name, module, x.shape, out.shape))
