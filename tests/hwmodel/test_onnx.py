@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+
+from stp_jax import hwmodel
+
+onnx = pytest.importorskip("onnx")
+helper, FLOAT = onnx.helper, onnx.TensorProto.FLOAT
+
+
+def tensor(name, *shape, dtype=FLOAT):
+    return helper.make_tensor(name, dtype, shape, np.zeros(shape, np.int8).ravel())
+
+
+def write(path, nodes, inputs, output, initializers=(), types=FLOAT):
+    """A graph of inputs (name, shape) that ends in the output of a shape."""
+    values = [helper.make_tensor_value_info(n, types, shape) for n, shape in inputs.items()]
+    result = [helper.make_tensor_value_info("y", FLOAT, output)]
+    graph = helper.make_graph(nodes, "net", values, result, list(initializers))
+    opset = [helper.make_opsetid("", 21)]
+    path = path / "net.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), str(path))
+    return path
+
+
+def described(path):
+    (layer,) = hwmodel.read_onnx(path)
+    return layer.kind, layer.K, layer.P, layer.M, layer.groups
+
+
+def test_convolutions_have_pads_and_dilations(tmp_path):
+    node = helper.make_node(
+        "Conv", ["x", "w"], ["y"], "c", strides=[2, 1], pads=[0, 1, 2, 3], dilations=[1, 2]
+    )
+    path = write(tmp_path, [node], {"x": (1, 3, 8, 9)}, (1, 4, 4, 9), [tensor("w", 4, 3, 3, 3)])
+    (layer,) = hwmodel.read_onnx(path)
+    assert layer.padding == ((0, 2), (1, 3))
+    assert layer.dilation == (1, 2)
+    assert layer.out_size == (4, 9)
+
+
+@pytest.mark.parametrize(
+    ("rule", "padding"),
+    [("SAME_UPPER", ((0, 1),)), ("SAME_LOWER", ((1, 0),)), ("VALID", ((0, 0),))],
+)
+def test_automatic_pads(tmp_path, rule, padding):
+    node = helper.make_node("Conv", ["x", "w"], ["y"], "c", strides=[2], auto_pad=rule)
+    out = (1, 4, 3 if rule == "VALID" else 4)
+    path = write(tmp_path, [node], {"x": (1, 3, 8)}, out, [tensor("w", 4, 3, 3)])
+    (layer,) = hwmodel.read_onnx(path)
+    assert layer.padding == padding
+
+
+def test_weights_are_followed_to_their_constants(tmp_path):
+    int8 = onnx.TensorProto.INT8
+    nodes = [
+        helper.make_node("Constant", [], ["q"], value=tensor("v", 7, 6, dtype=int8)),
+        helper.make_node("DequantizeLinear", ["q", "scale"], ["d"]),
+        helper.make_node("Transpose", ["d"], ["t"], perm=[1, 0]),
+        helper.make_node("Identity", ["t"], ["w"]),
+        helper.make_node("MatMul", ["x", "w"], ["y"], "fc"),
+    ]
+    path = write(tmp_path, nodes, {"x": (5, 6)}, (5, 7), [tensor("scale")])
+    assert described(path) == ("dense", 6, 5, 7, 1)
+
+
+@pytest.mark.parametrize(
+    ("lhs", "rhs", "out", "expected"),
+    [
+        ((2, 3, 5, 6), (6, 7), (2, 3, 5, 7), ("dense", 6, 30, 7, 1)),
+        ((5, 6), (6, 7), (5, 7), ("matmul", 6, 5, 7, 1)),
+        ((2, 5, 6), (2, 6, 7), (2, 5, 7), ("matmul", 6, 5, 7, 2)),
+        ((6,), (6, 7), (7,), ("dense", 6, 1, 7, 1)),
+        ((5, 6), (6,), (5,), ("matmul", 6, 5, 1, 1)),
+        ((6,), (6,), (), ("dense", 6, 1, 1, 1)),
+        ((6,), (2, 6, 7), (2, 7), ("matmul", 6, 1, 7, 2)),
+    ],
+)
+def test_products_are_those_of_numpy(tmp_path, lhs, rhs, out, expected):
+    node = helper.make_node("MatMul", ["a", "b"], ["y"], "m")
+    path = write(tmp_path, [node], {"a": lhs, "b": rhs}, out)
+    assert described(path) == expected
+    assert np.matmul(np.zeros(lhs), np.zeros(rhs)).shape == out
+
+
+def test_what_is_not_read_is_refused_by_name(tmp_path):
+    nodes = [
+        helper.make_node("ConvTranspose", ["x", "w"], ["t"], "up"),
+        helper.make_node("Conv", ["t", "w"], ["y"], "c"),
+    ]
+    path = write(tmp_path, nodes, {"x": (1, 3, 8)}, (1, 3, 8), [tensor("w", 3, 3, 3)])
+    with pytest.raises(ValueError, match=r"up \(ConvTranspose\)"):
+        hwmodel.read_onnx(path)
+
+
+def test_a_broken_file_is_a_value_error(tmp_path):
+    path = tmp_path / "net.onnx"
+    path.write_bytes(b"\x0a\xff\xff\xff")
+    with pytest.raises(ValueError, match=r"net\.onnx: not a valid ONNX model"):
+        hwmodel.read_onnx(path)
+    with pytest.raises(FileNotFoundError):
+        hwmodel.read_onnx(tmp_path / "none.onnx")
