@@ -22,6 +22,7 @@ from rich.console import Console
 import stp_jax
 from experiments import configs, train
 from experiments.config import override
+from experiments.context import make_context, make_model, make_policy
 
 COMPILE = "/jax/core/compile/backend_compile_duration"
 SETTINGS = ["model_options.hidden=8", "batch_size=32", "log_every=20", "checkpoint_every=40"]
@@ -63,9 +64,9 @@ def main() -> None:
     steps = parser.parse_args().steps
     config = override(configs.load("stp_mlp").CONFIG, SETTINGS)
     with tempfile.TemporaryDirectory() as folder:
-        context = train.make_context(config, Path(folder), Console(quiet=True))
-        teacher = train.make_model(context)
-        model = stp_jax.quantize(teacher, train.make_policy(config, teacher))
+        context = make_context(config, Path(folder), Console(quiet=True))
+        teacher = make_model(context)
+        model = stp_jax.quantize(teacher, make_policy(config, teacher))
         stp_jax.calibrate(model, [b["image"] for b in context.calibration_batches()])
         targets = dict.fromkeys(stp_jax.budgets(model), 4)
         epochs = steps / context.steps_per_epoch

@@ -246,10 +246,10 @@ def _dataset(name: str, data_dir: str | None, on_corrupt: str) -> Any:
 
 
 def _context(config: Config, workdir: Path, console: Console) -> Any:
-    from experiments import train
+    from experiments.context import make_context
 
     dataset = _dataset(config.data, config.data_dir, config.on_corrupt)
-    return train.make_context(config, workdir, console, dataset=dataset)
+    return make_context(config, workdir, console, dataset=dataset)
 
 
 def _run(config: Config, workdir: Path, name: str, known: Mapping[str, float]) -> None:

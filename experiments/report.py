@@ -14,8 +14,9 @@ import numpy as np
 from rich.console import Console
 
 import stp_jax
+from experiments.context import Context
 from experiments.log import write_json
-from experiments.train import Context, Outcome
+from experiments.train import Outcome
 from stp_jax import export, hwmodel
 
 _PACKAGES = ("stp-jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain")

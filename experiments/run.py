@@ -185,14 +185,15 @@ def _train(config: Config, workdir: Path, name: str, console: Console) -> int:
     # Only a sound configuration is worth the seconds that these imports take.
     from experiments import disk, distributed, interrupts, report, train
     from experiments.checkpoints import CheckpointError
+    from experiments.context import check_model, make_context
     from experiments.lock import locked
 
     if not distributed.is_first():
         console = Console(quiet=True)
 
     try:
-        context = train.make_context(config, workdir, console)
-        train.check_model(context)
+        context = make_context(config, workdir, console)
+        check_model(context)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -7,29 +7,26 @@ Every stage is a plain loop over a jit-compiled step and resumes from its own ch
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
-from rich.console import Console
 
 import stp_jax
 from experiments import interrupts, sharding
 from experiments.checkpoints import StageCheckpoints
-from experiments.config import Config, ConfigError
+from experiments.config import Config
+from experiments.context import Context, make_model, make_policy, read_budgets
 from experiments.distributed import from_first, is_first
 from experiments.finite import Watch, name_nonfinite, nonfinite, paths
 from experiments.log import NoLog, StageLog, write_json
-from stp_jax import data, export, hwmodel, models
+from stp_jax import export, hwmodel
 from stp_jax.terms import budget_schedule, guide, round_budgets
 
 
@@ -53,220 +50,6 @@ class Watched(NamedTuple):
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says at which step and why."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What every stage needs."""
-
-    config: Config
-    workdir: Path
-    dataset: Any  # data.Dataset; data.TextDataset in a TextContext
-    console: Console
-    mesh: jax.sharding.Mesh
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Whole batches in a pass over the training examples."""
-        return len(self.dataset.train) // self.config.batch_size
-
-    def to_devices(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Splits a batch over the devices along its first axis."""
-        layout = sharding.split_batch(self.mesh)
-        return {
-            key: jax.make_array_from_process_local_data(layout, np.asarray(value))
-            for key, value in batch.items()
-        }
-
-    def state_shardings(self, state: TrainState) -> TrainState:
-        """How a training state lies on the devices."""
-        whole = jax.tree.map(lambda _: sharding.replicated(self.mesh), state)
-        if self.config.sharding == "data":
-            return whole
-        params, opt_state = sharding.along_outputs(self.mesh, (state.params, state.opt_state))
-        return TrainState(params, whole.rest, opt_state)
-
-    def example_input(self) -> jax.ShapeDtypeStruct:
-        """The shape of one image as the model sees it."""
-        height, width, channels = self.dataset.image_shape
-        if self.config.image_size is not None:
-            height = width = self.config.image_size
-        return jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
-
-    def model_options(self) -> dict[str, Any]:
-        """What models take from the data, among their options."""
-        _, height, width, channels = self.example_input().shape
-        return {
-            "in_channels": channels,
-            "in_features": height * width * channels,
-            "image_size": height,
-        }
-
-    def train_iterator(self, stage: int) -> Any:
-        """Batches for a stage; each stage draws its own order."""
-        c = self.config
-        return data.train_iterator(
-            self.dataset,
-            batch_size=c.batch_size,
-            seed=c.seed * 16 + stage,
-            augment=c.augment,
-            image_size=c.image_size,
-            shard_index=jax.process_index(),
-            shard_count=jax.process_count(),
-        )
-
-    def eval_batches(self, batch_size: int, *, split: str = "test", **shard: int) -> Any:
-        """A split in order, without augmentation, as batches with a mask."""
-        return data.eval_batches(
-            self.dataset,
-            batch_size=batch_size,
-            image_size=self.config.image_size,
-            split=split,
-            **shard,
-        )
-
-    def calibration_batches(self) -> list[dict[str, jax.Array]]:
-        """A few training examples as evaluation sees them, the same in every run."""
-        batches = self.eval_batches(
-            self.config.batch_size,
-            split="train",
-            shard_index=jax.process_index(),
-            shard_count=jax.process_count(),
-        )
-        some = itertools.islice(batches, self.config.calibration_batches)
-        return [self.to_devices(batch) for batch in some]
-
-
-@dataclasses.dataclass(frozen=True)
-class TextContext(Context):
-    """The same for a language model: characters in, the next characters as labels."""
-
-    def example_input(self) -> jax.ShapeDtypeStruct:
-        """The shape of one window of characters."""
-        return jax.ShapeDtypeStruct((1, self.dataset.window), jnp.int32)
-
-    def model_options(self) -> dict[str, Any]:
-        """Nothing beside the vocabulary."""
-        return {}
-
-    def train_iterator(self, stage: int) -> Any:
-        """Batches for a stage; each stage draws its own order."""
-        return data.text_train_iterator(
-            self.dataset,
-            batch_size=self.config.batch_size,
-            seed=self.config.seed * 16 + stage,
-            shard_index=jax.process_index(),
-            shard_count=jax.process_count(),
-        )
-
-    def eval_batches(self, batch_size: int, *, split: str = "test", **shard: int) -> Any:
-        """A split in order as batches with a mask."""
-        return data.text_eval_batches(self.dataset, batch_size=batch_size, split=split, **shard)
-
-
-def load_data(config: Config) -> Any:
-    """Text or images, as the configuration names them.
-
-    Raises:
-      ValueError: the data are not there; the message says how to get them.
-    """
-    if config.data == data.TEXT:
-        return data.load_text(window=config.window)
-    return data.load(config.data, data_dir=config.data_dir, on_corrupt=config.on_corrupt)
-
-
-def make_context(
-    config: Config, workdir: Path, console: Console, *, dataset: Any = None
-) -> Context:
-    """Loads the data, unless they are given, and lays out the devices.
-
-    Raises:
-      ConfigError: the batch sizes do not divide over the devices.
-      ValueError: the data are not there; the message says how to get them.
-    """
-    devices = jax.device_count()
-    for key in ("batch_size", "eval_batch_size"):
-        if getattr(config, key) % devices:
-            raise ConfigError(f"{key} must be a multiple of the {devices} devices")
-    kind = TextContext if config.data == data.TEXT else Context
-    if dataset is None:
-        dataset = load_data(config)
-    if config.batch_size > len(dataset.train):
-        what = "windows" if kind is TextContext else "images"
-        raise ConfigError(
-            f"batch_size {config.batch_size} is more than the {len(dataset.train)} training {what}"
-        )
-    return kind(config, workdir, dataset, console, sharding.make_mesh())
-
-
-def make_model(context: Context) -> nnx.Module:
-    """The float model, from random or published weights.
-
-    Raises:
-      ConfigError: an option is out of the model's range, or the weights do not fit it.
-    """
-    config = context.config
-    known = models.model_options(config.model)
-    options = {key: v for key, v in context.model_options().items() if key in known}
-    options |= {key: getattr(config, key) for key in ("stem", "width") if getattr(config, key)}
-    options |= config.model_options
-    if config.dtype != "float32":
-        options["dtype"] = jnp.dtype(config.dtype)
-    try:
-        model = models.create(
-            config.model,
-            num_classes=context.dataset.num_classes,
-            rngs=nnx.Rngs(config.seed),
-            **options,
-        )
-        if config.init_from is not None:
-            weights = Path(config.init_from).expanduser()
-            load = export.load_variables if export.is_variables(weights) else models.load_torch
-            load(model, weights)
-    except ValueError as error:
-        raise ConfigError(f"model={config.model}: {error}") from error
-    return model
-
-
-def check_model(context: Context) -> None:
-    """Raises ConfigError if model, weights, data or policy do not fit together, before any work."""
-    config = context.config
-    if config.init_from is None:
-        abstract = nnx.eval_shape(lambda: make_model(context))
-    else:
-        abstract = make_model(context)  # published weights are small, and must be read
-    example = context.example_input()
-    try:
-        nnx.eval_shape(lambda model, x: model(x), abstract, example)
-    except (TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"model={config.model} does not take data={config.data}, {example.dtype} inputs of "
-            f"shape {example.shape[1:]}: {reason}"
-        ) from error
-    policy, layers = make_policy(config, abstract), stp_jax.kernel_paths(abstract)
-    try:
-        policy.check(layers)
-    except ValueError as error:
-        raise ConfigError(f"int8_layers={config.int8_layers}: {error}") from error
-    if config.budgets is not None:
-        shapes = nnx.eval_shape(lambda model: stp_jax.quantize(model, policy), abstract)
-        quantized = stp_jax.quantized_layers(shapes)
-        rules = {path: layer.quantizer.rule for path, layer in quantized.items()}
-        _read_budgets(config, [path for path, rule in rules.items() if rule.budget is not None])
-
-
-def make_policy(config: Config, model: nnx.Module) -> stp_jax.Policy:
-    """Int8 in the layers that the model spares, or that are named; group budgets elsewhere."""
-    return models.default_policy(
-        model,
-        budget=config.max_budget,
-        group_size=config.group_size,
-        encoding=config.encoding,
-        method=config.method,
-        activation_bits=config.activation_bits,
-        all_terms=config.int8_layers,
-    )
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
@@ -481,6 +264,15 @@ def _target_schedules(config: Config, stage: Stage, steps: int) -> dict[str, opt
     }
 
 
+def state_shardings(context: Context, state: TrainState) -> TrainState:
+    """How a training state lies on the devices."""
+    whole = jax.tree.map(lambda _: sharding.replicated(context.mesh), state)
+    if context.config.sharding == "data":
+        return whole
+    params, opt_state = sharding.along_outputs(context.mesh, (state.params, state.opt_state))
+    return TrainState(params, whole.rest, opt_state)
+
+
 def train_stage(
     context: Context, model: nnx.Module, stage: Stage, teacher: nnx.Module | None = None
 ) -> nnx.Module:
@@ -506,7 +298,7 @@ def train_stage(
     )
     state = TrainState(params, rest, tx.init(params))
     state = jax.tree.map(jnp.copy, state)  # steps donate it, and the caller keeps its model
-    shardings = context.state_shardings(state)
+    shardings = state_shardings(context, state)
     state = jax.device_put(state, shardings)
     schedules = _target_schedules(c, stage, steps)
     train_step = make_train_step(
@@ -586,7 +378,7 @@ def choose_budgets(context: Context, model: nnx.Module) -> dict[str, int]:
     c = context.config
     layers = list(stp_jax.budgets(model))
     if c.budgets is not None:
-        return _read_budgets(c, layers)
+        return read_budgets(c, layers)
     if c.budget is not None:
         return dict.fromkeys(layers, c.budget)
     weighted = c.error_weighting == "gradients"
@@ -599,27 +391,6 @@ def choose_budgets(context: Context, model: nnx.Module) -> dict[str, int]:
         example=context.example_input(),
         array=_array(c),
     )
-
-
-def _read_budgets(config: Config, layers: list[str]) -> dict[str, int]:
-    """Budgets by hand, from a JSON file of terms per group by layer."""
-    assert config.budgets is not None
-    try:
-        values = json.loads(Path(config.budgets).expanduser().read_text())
-    except ValueError as error:
-        raise ConfigError(f"budgets={config.budgets} is not JSON: {error}") from None
-    if not isinstance(values, dict) or set(values) != set(layers):
-        raise ConfigError(
-            f"budgets={config.budgets} must give terms per group for these layers: "
-            + ", ".join(layers)
-        )
-    for path, k in values.items():
-        if type(k) is not int or not 0 <= k <= config.max_budget:
-            raise ConfigError(
-                f"budgets={config.budgets}: {path} must have a whole number of terms from 0 to "
-                f"{config.max_budget}, got {k!r}"
-            )
-    return values
 
 
 def _array(config: Config) -> hwmodel.Array:

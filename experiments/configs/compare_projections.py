@@ -46,10 +46,10 @@ CONFIG = ProjectionConfig()
 
 def _quantized(context: Any, model: nnx.Module, **changes: Any) -> nnx.Module:
     """The float model with calibrated inputs and all its terms."""
-    from experiments import train
+    from experiments.context import make_policy
 
     config = dataclasses.replace(context.config, **changes)
-    stp = stp_jax.quantize(model, train.make_policy(config, model))
+    stp = stp_jax.quantize(model, make_policy(config, model))
     stp_jax.calibrate(stp, [batch["image"] for batch in context.calibration_batches()])
     return stp
 
@@ -119,11 +119,12 @@ def _ways(context: Any, model: nnx.Module, budget: int) -> dict[str, nnx.Module]
 def run(config: ProjectionConfig, workdir: Path, console: Console) -> None:
     """Prints top-1 of every way at every budget and writes them to `results.json`."""
     from experiments import train
+    from experiments.context import check_model, make_context, make_model
 
     base = parse_base(config)
-    context = train.make_context(base, workdir, console)
-    train.check_model(context)
-    model = train.make_model(context)
+    context = make_context(base, workdir, console)
+    check_model(context)
+    model = make_model(context)
     if base.float_epochs:
         model = train.train_stage(
             context, model, train.Stage("float", 0, base.float_epochs, base.float_lr)

@@ -13,6 +13,7 @@ from rich.console import Console
 import stp_jax
 from experiments import configs, sharding, train
 from experiments.config import override
+from experiments.context import Context, make_model, make_policy
 from stp_jax import data
 
 
@@ -50,7 +51,7 @@ def make_context(digits, tmp_path):
         config = override(configs.load("stp_mlp").CONFIG, settings)
         workdir = tmp_path / f"{devices}-{'-'.join(settings)}"
         mesh = sharding.make_mesh(jax.devices()[:devices])
-        return train.Context(config, workdir, digits, Console(quiet=True), mesh)
+        return Context(config, workdir, digits, Console(quiet=True), mesh)
 
     return make
 
@@ -73,7 +74,7 @@ def test_1_2_and_8_devices_give_the_same_metrics_in_both_shardings(network, make
     found, scores = {}, {}
     for devices, kind in [(1, "data"), (2, "data"), (8, "data"), (8, "fsdp")]:
         context = make_context(devices, f"sharding={kind}")
-        model = SmallConv() if network == "conv" else train.make_model(context)
+        model = SmallConv() if network == "conv" else make_model(context)
         stage = FLOAT._replace(epochs=few_steps(context, 6))
         model = train.train_stage(context, model, stage)
         found[devices, kind] = losses(context)
@@ -92,8 +93,8 @@ def test_guided_and_distilled_steps_start_alike_in_both_shardings(make_context):
     found = []
     for devices, kind in [(1, "data"), (8, "fsdp")]:
         context = make_context(devices, f"sharding={kind}")
-        teacher = train.make_model(context)
-        model = stp_jax.quantize(teacher, train.make_policy(context.config, teacher))
+        teacher = make_model(context)
+        model = stp_jax.quantize(teacher, make_policy(context.config, teacher))
         stp_jax.calibrate(model, [b["image"] for b in context.calibration_batches()])
         targets = dict.fromkeys(stp_jax.budgets(model), 6)
         stage = FLOAT._replace(
@@ -109,7 +110,7 @@ def test_fsdp_cuts_output_channels_and_nothing_else(make_context):
     _, params, rest = nnx.split(SmallConv(), nnx.Param, ...)
     tx = train.make_optimizer(context.config, lr=0.1, steps=10, guided=False)
     state = train.TrainState(params, rest, tx.init(params))
-    state = jax.device_put(state, context.state_shardings(state))
+    state = jax.device_put(state, train.state_shardings(context, state))
 
     def pieces(tree):
         leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -165,8 +166,8 @@ def test_evaluation_counts_every_example_once(make_context):
 
 def test_a_stage_compiles_its_step_once_though_budgets_anneal(make_context, caplog):
     context = make_context(2)
-    model = train.make_model(context)
-    model = stp_jax.quantize(model, train.make_policy(context.config, model))
+    model = make_model(context)
+    model = stp_jax.quantize(model, make_policy(context.config, model))
     stp_jax.calibrate(model, [b["image"] for b in context.calibration_batches()])
     targets = dict.fromkeys(stp_jax.budgets(model), 4)
     stage = FLOAT._replace(name="guided", epochs=few_steps(context, 12), guide_to=targets)
@@ -184,8 +185,8 @@ def test_two_runs_of_a_seed_are_bit_identical(make_context):
         context = make_context(1, "seed=3")
         context = dataclasses.replace(context, workdir=context.workdir / name)
         context.workdir.mkdir(parents=True)
-        model = train.make_model(context)
-        model = stp_jax.quantize(model, train.make_policy(context.config, model))
+        model = make_model(context)
+        model = stp_jax.quantize(model, make_policy(context.config, model))
         stage = FLOAT._replace(epochs=few_steps(context, 8))
         return nnx.state(train.train_stage(context, model, stage))
 

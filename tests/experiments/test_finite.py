@@ -12,6 +12,7 @@ from rich.console import Console
 
 from experiments import configs, finite, train
 from experiments.config import override
+from experiments.context import Context, make_model
 from stp_jax import data
 
 
@@ -28,7 +29,7 @@ def context(tmp_path_factory):
     config = override(configs.load("stp_mlp").CONFIG, settings)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     dataset = data.load("digits", data_dir=tmp_path_factory.mktemp("tfds"))
-    return train.Context(config, tmp_path_factory.mktemp("none"), dataset, Console(), mesh)
+    return Context(config, tmp_path_factory.mktemp("none"), dataset, Console(), mesh)
 
 
 def test_leaves_are_flagged_by_their_path():
@@ -71,8 +72,8 @@ def test_a_step_that_diverges_is_named_with_its_layers_and_not_saved(
         def get_state(self):
             return batches.get_state()
 
-    monkeypatch.setattr(train.Context, "train_iterator", lambda *_: Poisoned())
-    model = train.make_model(context)
+    monkeypatch.setattr(Context, "train_iterator", lambda *_: Poisoned())
+    model = make_model(context)
     with pytest.raises(train.TrainingError) as caught:
         train.train_stage(context, model, train.Stage("float", 0, 1.0, 0.01))
     told = str(caught.value)
@@ -85,7 +86,7 @@ def test_a_step_that_diverges_is_named_with_its_layers_and_not_saved(
 
 def test_weights_that_are_not_finite_are_named_before_the_first_step(context, tmp_path):
     context = dataclasses.replace(context, workdir=tmp_path)
-    model = train.make_model(context)
+    model = make_model(context)
     kernel = model.layers[2].kernel
     kernel[...] = kernel[...].at[0, 0].set(jnp.nan)
     with pytest.raises(train.TrainingError, match=r"before step 1: .*params\.layers\.2\.kernel"):
@@ -95,7 +96,7 @@ def test_weights_that_are_not_finite_are_named_before_the_first_step(context, tm
 
 def test_a_sound_stage_ends_finite(context, tmp_path):
     context = dataclasses.replace(context, workdir=tmp_path)
-    model = train.make_model(context)
+    model = make_model(context)
     model = train.train_stage(context, model, train.Stage("float", 0, 0.5, 0.01))
     assert not jnp.any(finite.nonfinite(nnx.state(model)))
     assert steps_saved(context, "float") == [8, 11]

@@ -214,3 +214,83 @@ def test_term_macs_take_k_times_s_cycles():
     fill = hwmodel.arrays.fold(NETWORK, hwmodel.Array(rows=3, cols=4, pe=single)).fill_cycles
     np.testing.assert_array_equal(three.cycles - fill, 3 * (one.cycles - fill))
     np.testing.assert_array_equal(three.operations["terms"], 3 * one.operations["terms"])
+
+
+def test_bitlet_counts_beyond_a_byte():
+    network = hwmodel.Network((hwmodel.dense("d", 512, 3),))
+    array = hwmodel.Array(rows=1, cols=1, pe=hwmodel.Bitlet(lanes=512))
+    report = hwmodel.evaluate(network, array, weights={"d": np.ones((512, 3), np.int32)})
+    fill = hwmodel.arrays.fold(network, array).fill_cycles
+    np.testing.assert_array_equal(report.cycles - fill, [3 * 512])
+
+
+def test_many_lanes_wait_beyond_a_byte():
+    """Where neither operand is constant, a product of counts does not wrap either."""
+    w = np.array([[300, 2], [1, 1]], np.uint16)
+    a = np.array([[1, 2], [3, 1]], np.uint8)
+    np.testing.assert_array_equal(hwmodel.operands._largest_products(w, a), [[300, 600], [3, 4]])
+
+
+def test_bitlet_writes_its_sum_once_a_step():
+    network = hwmodel.Network((hwmodel.dense("d", 64, 3, rows=5),))
+    bits = []
+    for weight in (1, 127):  # 64 cycles a step either way; 1 or 7 additions a weight
+        weights = {"d": np.full((64, 3), weight)}
+        array = hwmodel.Array(rows=1, cols=1, pe=hwmodel.Bitlet())
+        report = hwmodel.evaluate(network, array, weights=weights)
+        per_bit = hwmodel.HOROWITZ_45NM.energy_pj["register_bit"]
+        bits.append(report.energy_pj["registers"].item() / per_bit)
+    additions = 64 * 3 * 5
+    operands = bits[0] - 16 * additions - 32 * 3 * 5
+    assert bits[1] - 16 * 7 * additions - 32 * 3 * 5 == pytest.approx(operands)
+    stream, store = 64 * 3 * 5 * 8, 64 * 5 * 8
+    assert operands == pytest.approx(stream + store)
+
+
+def test_laconics_nominal_rate_is_that_of_the_busiest_digits():
+    most = max(booth_terms(w) for w in range(-128, 128)) * max(booth_terms(a) for a in range(256))
+    assert hwmodel.Laconic(lanes=40).nominal_macs() == 40 / most
+
+
+def test_stripes_takes_the_precisions_given():
+    activations = operands()[1]
+    pe = hwmodel.Stripes(lanes=4, precisions={"c": 5, "d": 3})
+    array = hwmodel.Array(rows=3, cols=4, pe=pe)
+    folding = hwmodel.arrays.fold(NETWORK, array)
+    for given in (None, activations):
+        report = hwmodel.evaluate(NETWORK, array, activations=given)
+        np.testing.assert_array_equal(
+            report.cycles, folding.fill_cycles + folding.folds * folding.steps * [5, 3]
+        )
+    assert hash(pe) == hash(hwmodel.Stripes(lanes=4, precisions={"d": 3, "c": 5}))
+    with pytest.raises(ValueError, match="precisions name no layer: e"):
+        hwmodel.evaluate(
+            NETWORK, hwmodel.Array(rows=3, cols=4, pe=hwmodel.Stripes(precisions={"e": 3}))
+        )
+    with pytest.raises(ValueError, match="positive integer"):
+        hwmodel.Stripes(precisions={"c": 0})
+
+
+def test_stripes_counts_the_sign_and_checks_shapes():
+    network = hwmodel.Network((hwmodel.dense("d", 4, 3),))
+    array = hwmodel.Array(rows=3, cols=4, pe=hwmodel.Stripes(lanes=4))
+    folding = hwmodel.arrays.fold(network, array)
+    for extreme, bits in ((127, 7), (-1, 1), (-64, 7), (-127, 8), (255, 8)):
+        given = {"d": np.array([[extreme, 0, 0, 0]])}
+        report = hwmodel.evaluate(network, array, activations=given)
+        streaming = report.cycles - folding.fill_cycles
+        np.testing.assert_array_equal(streaming, bits * folding.folds * folding.steps)
+    with pytest.raises(ValueError, match="neither the input"):
+        hwmodel.evaluate(network, array, activations={"d": np.ones((1, 5), np.int32)})
+
+
+def test_a_layers_patches_are_made_once(monkeypatch):
+    made = []
+    original = hwmodel.bitserial.layer_patches
+    monkeypatch.setattr(
+        hwmodel.bitserial, "layer_patches", lambda *args: made.append(1) or original(*args)
+    )
+    weights, activations = operands()
+    array = hwmodel.Array(rows=3, cols=4, pe=hwmodel.Laconic(lanes=4))
+    hwmodel.evaluate(NETWORK, array, weights=weights, activations=activations)
+    assert len(made) == len(NETWORK)
