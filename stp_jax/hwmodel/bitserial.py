@@ -19,7 +19,8 @@ Adder trees count one int16 addition a lane, PE accumulators one int32 addition 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
@@ -27,7 +28,6 @@ import numpy as np
 from stp_jax.hwmodel.network import Layer, Network
 from stp_jax.hwmodel.numeric import ceil_div, check_numbers
 from stp_jax.hwmodel.operands import (
-    check_activations,
     layer_patches,
     layer_weights,
     lockstep_cycles,
@@ -45,7 +45,7 @@ from stp_jax.hwmodel.pes import (
     operand_register_bits,
     refuse_budgets,
 )
-from stp_jax.hwmodel.statistics import check_names, term_counts
+from stp_jax.hwmodel.statistics import check_names, lookup, term_counts
 from stp_jax.hwmodel.technology import Technology
 
 WEIGHT_BITS = 8
@@ -83,6 +83,7 @@ class DigitSerial(PE):
     cycle_events: ClassVar[dict[str, float]] = {"int8_shift": 1.0, "int32_add": 1.0}  # by each PE
     step_events: ClassVar[dict[str, float]] = {}  # by each PE, once a step
     lane_register_bits: ClassVar[float] = 0.0  # clocked by an effectual addition
+    accumulator_clock: ClassVar[Literal["cycle", "step"]] = "cycle"  # when the PE's sum is written
 
     def __post_init__(self) -> None:
         """Checks the lanes."""
@@ -93,8 +94,8 @@ class DigitSerial(PE):
         """Digit additions that a PE can do in a cycle."""
         return self.lanes
 
-    def steps(self, layer: Layer, group: int, work: Workload) -> Steps:
-        """The rule: what each lane takes in one product of a layer."""
+    def steps(self, layer: Layer, work: Workload) -> Iterable[Steps]:
+        """The rule: what each lane takes, for each of a layer's ``groups`` products."""
         raise NotImplementedError
 
     def reduction_steps(self, network: Network, xp: Any) -> Any:
@@ -145,7 +146,8 @@ class DigitSerial(PE):
             busy=additions / self.adders,
             terms=additions,
             events=events,
-            register_bits=pe_cycles * ACCUMULATOR_BITS
+            register_bits={"cycle": pe_cycles, "step": pe_steps}[self.accumulator_clock]
+            * ACCUMULATOR_BITS
             + additions * self.lane_register_bits
             + operand_register_bits(
                 folding,
@@ -160,8 +162,7 @@ class DigitSerial(PE):
     def _count(self, layer: Layer, work: Workload) -> tuple[int, float, int]:
         """Streaming cycles, effectual additions, and cycles that PEs work."""
         folding, cycles, additions, worked = work.folding, 0, 0.0, 0
-        for group in range(layer.groups):
-            steps = self.steps(layer, group, work)
+        for steps in self.steps(layer, work):
             cycles += lockstep_cycles(
                 steps.weight_side,
                 steps.activation_side,
@@ -184,28 +185,70 @@ def _ones(layer: Layer, operand: str, rows: int) -> np.ndarray:
     return np.ones((rows, layer.M if operand == "weights" else layer.P), np.uint8)
 
 
+def _patches(layer: Layer, work: Workload, pe: DigitSerial) -> np.ndarray:
+    held = require("activations", work.activations, layer, pe)
+    return layer_patches(layer, held, ACTIVATION_BITS)
+
+
+def _weights(layer: Layer, work: Workload, pe: DigitSerial) -> np.ndarray:
+    held = require("weights", work.weights, layer, pe)
+    return layer_weights(layer, held, WEIGHT_BITS)
+
+
+def _precision(x: np.ndarray) -> int:
+    """Bits of the integers, in two's complement where one is negative."""
+    low, high = int(x.min()), int(x.max())
+    magnitude = max(max(high, 0).bit_length(), max(-low - 1, 0).bit_length())
+    return max(magnitude + (low < 0), 1)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stripes(DigitSerial):
     """Activations bit by bit, weights in parallel: as many cycles as the layer's precision.
 
-    The precision is that of the layer's largest activation if ``activations`` are given, else 8.
+    Attributes:
+      precisions: bits of each layer's activations by layer name, as its paper finds them by
+        profiling. A layer left out has the precision of its largest activation if
+        ``activations`` are given (two's complement where one is negative), else 8.
+
+    Raises:
+      ValueError: a precision is not a positive integer.
     """
 
-    def steps(self, layer: Layer, group: int, work: Workload) -> Steps:
+    precisions: Mapping[str, int] | tuple[tuple[str, int], ...] = dataclasses.field(
+        default=(), metadata={"static": True}
+    )
+
+    def __post_init__(self) -> None:
+        """Checks the lanes and the precisions, which are kept as a hashable tuple."""
+        super().__post_init__()
+        precisions = dict(self.precisions)
+        checked: dict[str, Any] = {f"precision of {n!r}": bits for n, bits in precisions.items()}
+        check_numbers("Stripes", **checked)
+        object.__setattr__(self, "precisions", tuple(sorted(precisions.items())))
+
+    def profile(self, work: Workload, xp: Any) -> Profile:
+        """As every digit-serial PE; a precision for no layer is an error as well."""
+        check_names("precisions", dict(self.precisions), work.network)
+        return super().profile(work, xp)
+
+    def steps(self, layer: Layer, work: Workload) -> Iterable[Steps]:
         """p cycles for every lane; a lane adds in each."""
-        precision = ACTIVATION_BITS
+        precision = lookup(dict(self.precisions), layer)
         if work.activations is not None:
-            held = require("activations", work.activations, layer, self)
-            checked = check_activations(layer, held, ACTIVATION_BITS)
-            precision = max(int(np.abs(checked).max()).bit_length(), 1)
+            patches = _patches(layer, work, self)
+            precision = precision or _precision(patches)
+        precision = precision or ACTIVATION_BITS
         groups = int(ceil_div(layer.K, self.lanes))
-        return Steps(
-            weight_side=_ones(layer, "weights", groups) * np.uint8(precision),
+        serial = np.full((groups, layer.M), precision, np.min_scalar_type(precision))
+        steps = Steps(
+            weight_side=serial,
             activation_side=_ones(layer, "activations", groups),
             lanes=1,
             additions=float(layer.K * layer.P * layer.M * precision),
         )
+        return [steps] * layer.groups
 
 
 @jax.tree_util.register_dataclass
@@ -216,17 +259,16 @@ class BitPragmatic(DigitSerial):
     lane_events: ClassVar[dict[str, float]] = {"int8_shift": 1.0, "int16_add": 1.0}
     cycle_events: ClassVar[dict[str, float]] = {"int32_add": 1.0}
 
-    def steps(self, layer: Layer, group: int, work: Workload) -> Steps:
+    def steps(self, layer: Layer, work: Workload) -> Iterable[Steps]:
         """Ones of each activation."""
-        held = require("activations", work.activations, layer, self)
-        patches = layer_patches(layer, held, ACTIVATION_BITS)[group]
-        ones = np.bitwise_count(np.abs(patches)).astype(np.uint8)
-        return Steps(
-            weight_side=_ones(layer, "weights", layer.K),
-            activation_side=ones,
-            lanes=self.lanes,
-            additions=float(ones.sum(dtype=np.int64) * layer.M),
-        )
+        for patches in _patches(layer, work, self):
+            ones = np.bitwise_count(np.abs(patches)).astype(np.uint8)
+            yield Steps(
+                weight_side=_ones(layer, "weights", layer.K),
+                activation_side=ones,
+                lanes=self.lanes,
+                additions=float(ones.sum(dtype=np.int64) * layer.M),
+            )
 
 
 @jax.tree_util.register_dataclass
@@ -239,19 +281,18 @@ class Laconic(DigitSerial):
     cycle_events: ClassVar[dict[str, float]] = {"int32_add": 1.0}
 
     def nominal_macs(self, budget: Any = None) -> Any:
-        """All lanes in the 4 x 4 cycles of two 8-bit radix-4 Booth operands."""
-        return self.lanes / 16
+        """All lanes in 4 x 5 cycles: Booth digits of a signed weight and an unsigned activation."""
+        return self.lanes / 20
 
-    def steps(self, layer: Layer, group: int, work: Workload) -> Steps:
+    def steps(self, layer: Layer, work: Workload) -> Iterable[Steps]:
         """Products of the two operands' term counts."""
-        held = require("weights", work.weights, layer, self)
-        patches = require("activations", work.activations, layer, self)
         counts = term_counts("booth4", 1 + ACTIVATION_BITS).astype(np.uint8)
         zero = 1 << ACTIVATION_BITS  # where the table has the count of 0
-        w = counts[layer_weights(layer, held, WEIGHT_BITS)[group] + zero]
-        a = counts[layer_patches(layer, patches, ACTIVATION_BITS)[group] + zero]
-        pairs = w.sum(axis=1, dtype=np.int64) @ a.sum(axis=1, dtype=np.int64)
-        return Steps(weight_side=w, activation_side=a, lanes=self.lanes, additions=float(pairs))
+        products = zip(_weights(layer, work, self), _patches(layer, work, self), strict=True)
+        for weights, patches in products:
+            w, a = counts[weights + zero], counts[patches + zero]
+            pairs = w.sum(axis=1, dtype=np.int64) @ a.sum(axis=1, dtype=np.int64)
+            yield Steps(weight_side=w, activation_side=a, lanes=self.lanes, additions=float(pairs))
 
 
 @jax.tree_util.register_dataclass
@@ -268,6 +309,7 @@ class Bitlet(DigitSerial):
     # The eight sums of a step are shifted to their significance and added up.
     step_events: ClassVar[dict[str, float]] = {"int8_shift": 8.0, "int32_add": 8.0}
     lane_register_bits: ClassVar[float] = 16.0
+    accumulator_clock: ClassVar[Literal["cycle", "step"]] = "step"
 
     @property
     def adders(self) -> float:
@@ -284,18 +326,18 @@ class Bitlet(DigitSerial):
         operands = self.lanes * (ACTIVATION_BITS + WEIGHT_BITS)
         return composed_area(technology, blocks, operands + 8 * 16 + ACCUMULATOR_BITS)
 
-    def steps(self, layer: Layer, group: int, work: Workload) -> Steps:
+    def steps(self, layer: Layer, work: Workload) -> Iterable[Steps]:
         """Largest count of ones over the significances of a group."""
-        held = require("weights", work.weights, layer, self)
-        bits = _magnitude_bits(layer_weights(layer, held, WEIGHT_BITS)[group])
-        counts = pad_rows(bits, self.lanes).reshape(-1, self.lanes, layer.M, WEIGHT_BITS).sum(1)
-        busiest = counts.max(axis=-1)
-        return Steps(
-            weight_side=busiest.astype(np.uint8),
-            activation_side=_ones(layer, "activations", len(busiest)),
-            lanes=1,
-            additions=float(counts.sum() * layer.P),
-        )
+        for weights in _weights(layer, work, self):
+            bits = pad_rows(_magnitude_bits(weights), self.lanes)
+            counts = bits.reshape(-1, self.lanes, layer.M, WEIGHT_BITS).sum(axis=1)
+            busiest = counts.max(axis=-1)
+            yield Steps(
+                weight_side=busiest.astype(np.min_scalar_type(self.lanes)),
+                activation_side=_ones(layer, "activations", len(busiest)),
+                lanes=1,
+                additions=float(counts.sum() * layer.P),
+            )
 
 
 @jax.tree_util.register_dataclass
@@ -313,18 +355,18 @@ class BitWave(DigitSerial):
         """All lanes in seven magnitude columns."""
         return self.lanes / (WEIGHT_BITS - 1)
 
-    def steps(self, layer: Layer, group: int, work: Workload) -> Steps:
+    def steps(self, layer: Layer, work: Workload) -> Iterable[Steps]:
         """Non-zero columns of each group."""
-        held = require("weights", work.weights, layer, self)
-        bits = _magnitude_bits(layer_weights(layer, held, WEIGHT_BITS)[group])
-        columns = pad_rows(bits, self.lanes).reshape(-1, self.lanes, layer.M, WEIGHT_BITS).any(1)
-        cycles = columns.sum(axis=-1)
-        return Steps(
-            weight_side=cycles.astype(np.uint8),
-            activation_side=_ones(layer, "activations", len(cycles)),
-            lanes=1,
-            additions=float(cycles.sum() * self.lanes * layer.P),
-        )
+        for weights in _weights(layer, work, self):
+            bits = pad_rows(_magnitude_bits(weights), self.lanes)
+            columns = bits.reshape(-1, self.lanes, layer.M, WEIGHT_BITS).any(axis=1)
+            cycles = columns.sum(axis=-1)
+            yield Steps(
+                weight_side=cycles.astype(np.uint8),
+                activation_side=_ones(layer, "activations", len(cycles)),
+                lanes=1,
+                additions=float(cycles.sum() * self.lanes * layer.P),
+            )
 
 
 @jax.tree_util.register_dataclass
@@ -367,24 +409,29 @@ class BitVert(DigitSerial):
         operands = self.lanes * (ACTIVATION_BITS + WEIGHT_BITS)
         return composed_area(technology, blocks, operands + ACCUMULATOR_BITS)
 
-    def steps(self, layer: Layer, group: int, work: Workload) -> Steps:
+    def steps(self, layer: Layer, work: Workload) -> Iterable[Steps]:
         """One cycle a column; its rarer digit is added, half of the lanes if weights are unknown.
 
         The columns that stay are taken to be the most significant ones.
         """
         groups = int(ceil_div(layer.K, self.lanes))
-        per_position = groups * layer.M * self.columns * self.lanes / 2
+        unknown = groups * layer.M * self.columns * self.lanes / 2
+        per_position = [unknown] * layer.groups
         if work.weights is not None:
-            held = require("weights", work.weights, layer, self)
-            size = min(_SUBGROUP, self.lanes)
-            w = pad_rows(layer_weights(layer, held, WEIGHT_BITS)[group], size)
-            kept = np.arange(self.pruned_columns, WEIGHT_BITS)
-            bits = (w.reshape(-1, size, layer.M)[..., None] >> kept) & 1
-            ones = bits.sum(axis=1)
-            per_position = float(np.minimum(ones, size - ones).sum())
-        return Steps(
-            weight_side=_ones(layer, "weights", groups) * np.uint8(self.columns),
-            activation_side=_ones(layer, "activations", groups),
-            lanes=1,
-            additions=per_position * layer.P,
-        )
+            per_position = [self._rarer_digits(w) for w in _weights(layer, work, self)]
+        for additions in per_position:
+            yield Steps(
+                weight_side=_ones(layer, "weights", groups) * np.uint8(self.columns),
+                activation_side=_ones(layer, "activations", groups),
+                lanes=1,
+                additions=additions * layer.P,
+            )
+
+    def _rarer_digits(self, weights: np.ndarray) -> float:
+        """Ones or zeros, whichever are fewer, over the columns of all sub-groups of (K, M)."""
+        size = min(_SUBGROUP, self.lanes)
+        w = pad_rows(weights, size)
+        kept = np.arange(self.pruned_columns, WEIGHT_BITS)
+        bits = (w.reshape(-1, size, w.shape[1])[..., None] >> kept) & 1
+        ones = bits.sum(axis=1)
+        return float(np.minimum(ones, size - ones).sum())

@@ -142,7 +142,7 @@ def _largest_products(w: np.ndarray, a: np.ndarray) -> np.ndarray:
         return np.broadcast_to((w * a[:, :1]).max(axis=0)[:, None], (w.shape[1], a.shape[1]))
     if (w == w[:, :1]).all():
         return np.broadcast_to((w[:, :1] * a).max(axis=0)[None, :], (w.shape[1], a.shape[1]))
-    largest = np.zeros((w.shape[1], a.shape[1]), np.uint8)
+    largest = np.zeros((w.shape[1], a.shape[1]), np.result_type(w, a))
     for weights, activations in zip(w, a, strict=True):
         np.maximum(largest, weights[:, None] * activations[None, :], out=largest)
     return largest
