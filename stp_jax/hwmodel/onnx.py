@@ -80,14 +80,16 @@ def read_onnx(path: str | Path) -> Network:
     return Network(tuple(layers), name=graph.name or Path(path).stem)
 
 
-def _layer(node: Any, shapes: dict, constants: set[str], value_of: Any) -> Layer:
+def _layer(
+    node: Any, shapes: dict[str, tuple[int, ...]], constants: set[str], value_of: Any
+) -> Layer:
     name = node.name or node.output[0]
-    *operands, out = (shapes.get(tensor) for tensor in (*node.input[:2], node.output[0]))
-    if not all(shape and min(shape) > 0 for shape in operands) or out is None or 0 in out:
+    lhs, rhs = (shapes.get(tensor, ()) for tensor in node.input[:2])
+    out = shapes.get(node.output[0], (0,))  # a product of two vectors is a scalar, ()
+    if not all(lhs) or not all(rhs) or not all(out) or not (lhs and rhs):
         raise ValueError(
-            f"{name}: shapes {(*operands, out)} are not known; fix symbolic extents first"
+            f"{name}: shapes {(lhs, rhs, out)} are not known; fix symbolic extents first"
         )
-    lhs, rhs = operands
     attributes = {a.name: value_of(a) for a in node.attribute}
     if node.op_type == "Conv":
         return _convolution(name, lhs, rhs, out, attributes)
