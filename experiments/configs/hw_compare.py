@@ -52,11 +52,11 @@ CONFIG = HardwareConfig()
 
 # Headlines of the papers' abstracts; Laconic's is its preprint's (arXiv 1805.04513).
 CLAIMS = {
-    "Stripes": "1.92× its baseline's speed on average, 57 % more efficient, 32 % more area (Judd et "
-    "al., MICRO 2016)",
+    "Stripes": "1.92× its baseline's speed on average, 57 % more efficient, 32 % more area "
+    "(Judd et al., MICRO 2016)",
     "BitPragmatic": "2.6× DaDianNao's speed, 28 % more efficient (Albericio et al., MICRO 2017)",
-    "Laconic": "15.4× speed, 1.95× efficiency, with 1K wires to weights against 2K (Sharify et al., "
-    "preprint arXiv 1805.04513, 2018)",
+    "Laconic": "15.4× speed, 1.95× efficiency, with 1K wires to weights against 2K "
+    "(Sharify et al., preprint arXiv 1805.04513, 2018)",
     "Bitlet": "up to 15× speed, 8× efficiency of fixed-point accelerators (Lu et al., MICRO 2021)",
     "BitWave": "up to 13.25× speed, 7.71× efficiency of sparse designs (Shi et al., HPCA 2024)",
     "BitVert": "up to 3.03× speed, 2.44× less energy (Chen et al., MICRO 2024)",

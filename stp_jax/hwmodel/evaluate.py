@@ -54,7 +54,7 @@ def evaluate(
         `measure_terms` made of them. Empty slots cost their cycle but switch nothing; without
         weights every slot is taken to be full that the group's weights can fill.
       activations: integer inputs by layer name, for PEs whose cycles depend on them: (N, H, W, C)
-        with ``SAME`` padding around them, or patches (P, K).
+        without the layer's padding, or patches (P, groups * K).
       technology: energy per event.
       smoothing: 0 for the exact model; above and below 1, a differentiable surrogate for relaxed
         budgets, in which every kink is rounded over this fraction of its operands (see
