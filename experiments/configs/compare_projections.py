@@ -56,7 +56,7 @@ def _quantized(context: Any, model: nnx.Module, **changes: Any) -> nnx.Module:
 
 def _weigh(model: nnx.Module, importance: Mapping[str, Any]) -> None:
     """Puts the kernels on the few-term values of least weighted error, scales included."""
-    importance = {path: value + jnp.float32(1e-12) for path, value in importance.items()}
+    importance = {path: importance[path] + jnp.float32(1e-12) for path in stp_jax.budgets(model)}
     stp_jax.search_weight_scales(model, importance=importance)
     for path, (layer, quantizer) in stp_jax.quantized_layers(model).items():
         rule, axes = quantizer.rule, quantizer.axes.groups

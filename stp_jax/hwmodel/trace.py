@@ -106,6 +106,9 @@ def record_operands(
       int32 inputs by layer name, as `trace` names them, and the second operands of attention's
       products, to be merged into ``weights``. An attention's first operands are its queries and
       the probabilities, its second its keys and values. Products written in the open are left out.
+
+    Raises:
+      ValueError: a layer runs under ``jax.vmap`` or ``jax.checkpoint``.
     """
 
     def run() -> _Recorder:
@@ -116,8 +119,14 @@ def record_operands(
     try:
         recorder = run()
     except jax.errors.TracerArrayConversionError:  # a layer inside a scan or a jit
-        with jax.disable_jit():
-            recorder = run()
+        try:
+            with jax.disable_jit():
+                recorder = run()
+        except jax.errors.TracerArrayConversionError as error:
+            raise ValueError(
+                "a layer runs under jax.vmap or jax.checkpoint, where no values can be seen; record "
+                "a model without them"
+            ) from error
     return tuple(
         {name: _integers(x, bits) for name, x in kept.items()}
         for kept in (recorder.inputs, recorder.seconds)

@@ -260,6 +260,11 @@ def test_mapped_layers_have_more_rows_or_more_copies():
     }
 
 
+def test_values_under_vmap_cannot_be_recorded():
+    with pytest.raises(ValueError, match=r"runs under jax\.vmap"):
+        hwmodel.record_activations(Mapped(nnx.Rngs(0)), jnp.zeros((5, 3, 8)))
+
+
 class Open(nnx.Module):
     """Products that no layer makes."""
 
