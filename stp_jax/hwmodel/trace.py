@@ -124,8 +124,8 @@ def record_operands(
                 recorder = run()
         except jax.errors.TracerArrayConversionError as error:
             raise ValueError(
-                "a layer runs under jax.vmap or jax.checkpoint, where no values can be seen; record "
-                "a model without them"
+                "a layer runs under jax.vmap or jax.checkpoint, where no values can be seen; "
+                "record a model without them"
             ) from error
     return tuple(
         {name: _integers(x, bits) for name, x in kept.items()}
