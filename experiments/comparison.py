@@ -98,11 +98,11 @@ class ComparisonConfig:
     base: str = "stp_resnet20_cifar10"  # the experiment whose model, data and rates are used
     settings: str = ""  # changes of the base's configuration, as "data=folder data_dir=…"
     start_epochs: float = 1.0  # float training of the shared start
-    steps: int = 200  # of every member, from the start
+    steps: int = 300  # of every member, from the start
     batch_size: int = 64  # of the members' steps
     points: str = "1.0,0.5"  # terms per weight, with every seed
     more_points: str = "0.75,0.375,0.25,2.0"  # terms per weight, with the first seed only
-    more_methods: str = "term revealing,uniform group budgets,STP"  # at these
+    more_methods: str = "term revealing,uniform group budgets,STP,STP for energy"  # at these
     seeds: int = 3
     ablation: float | None = 0.5  # terms per weight of the ablation, first seed; none leaves it out
     jobs: int = 1  # members that run at a time, each in a process of its own

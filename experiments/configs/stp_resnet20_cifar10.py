@@ -6,7 +6,7 @@ top-1 91.7 % on the original images):
     python -m experiments.run --exp=stp_resnet20_cifar10 --set init_from=resnet20.safetensors
 
 A folder of images works as well: ``--set data=folder --set data_dir=…``. A training epoch takes
-about two minutes on two CPU cores.
+about two minutes on two CPU cores. The documentation's results page has what this network reaches.
 """
 
 from experiments.config import Config
