@@ -8,8 +8,9 @@ model; all but STP on the labels alone, as published. The paper: Huang et al., I
         --set jobs=2 "settings=data=folder data_dir=cifar10 init_from=resnet20.safetensors"
 
 Run it again to continue; more seeds or points add members, more steps need another --workdir. On
-two CPU cores a pair of members of 300 steps takes two and a half minutes, all of them two hours. What
-it gave is on the documentation's results page: no loss at 1.0 terms per weight, 0.4 points at 0.5.
+two CPU cores a pair of members of 300 steps takes two and a half minutes, all of them two hours.
+What came of it is on the documentation's results page: no loss at 1.0 terms per weight, 0.4 points
+at 0.5.
 """
 
 from pathlib import Path

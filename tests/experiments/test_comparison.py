@@ -32,9 +32,9 @@ def test_all_members_train_for_the_same_steps_from_the_same_start(tmp_path):
     epoch = 781
     for member in members(config, BASE):
         c = member_config(config, BASE, member, start, epoch)
-        steps = [round(x * epoch) for x in (c.float_epochs, c.guided_epochs, c.retrain_epochs)]
+        stages = (c.float_epochs, c.guided_epochs, c.budgeted_epochs, c.retrain_epochs)
         expected = 0 if "not retrained" in member.method else 200
-        assert sum(steps) == expected, member
+        assert sum(round(epochs * epoch) for epochs in stages) == expected, member
         assert (c.batch_size, c.init_from, c.seed) == (64, str(start), member.seed)
         if member.terms is not None and c.budget is not None:
             assert c.budget == member.terms * c.group_size
