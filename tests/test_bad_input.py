@@ -70,7 +70,7 @@ WRONG = {
     # Encodings.
     "encode: fractions": (lambda: encode([1.5]), "defined on integers, got dtype float32"),
     "encode: truth values": (lambda: encode([True]), "defined on integers, got dtype bool"),
-    "encode: text": (lambda: encode("7"), "not a valid JAX array type"),
+    "encode: text": (lambda: encode("7"), "expected numbers, got"),
     "encode: nothing": (lambda: encode(None), "not a valid value"),
     "encode: unknown encoding": (lambda: encode([1], "csd"), "choose one of binary, booth4, naf"),
     "encode: no bits": (lambda: encode([1], bits=0), "bits must be an integer from 1 to 24"),
@@ -122,6 +122,11 @@ WRONG = {
         lambda: projected(importance=np.full(4, NAN)),
         "importance must be finite and 0 or more",
     ),
+    "project: greedy and booth4": (
+        lambda: projected(method="greedy", encoding="booth4"),
+        "what is left of a booth4 number can need more",
+    ),
+    "project: text": (lambda: projected("L"), r"expected numbers, got array\('L'"),
     "project: importance and greedy": (
         lambda: projected(importance=np.ones(4), method="greedy"),
         "use method='optimal'",

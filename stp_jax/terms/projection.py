@@ -81,6 +81,17 @@ def check_budget(budget: object, group_size: int, encoding: Encoding, bits: int)
         )
 
 
+def check_method(method: object, encoding: Encoding) -> None:
+    """Raises ValueError unless there is such a method, and for this encoding."""
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    if method == "greedy" and encoding == "booth4":
+        raise ValueError(
+            "greedy cuts digits off, and what is left of a booth4 number can need more of them "
+            "(7 = 8 - 1 leaves 8 = 16 - 8): use method='optimal', or encoding hese, naf or binary"
+        )
+
+
 def _check_limit(limit: int | None, bits: int) -> None:
     top = 1 << (bits - 1)
     if limit not in (None, top - 1, top):
@@ -280,8 +291,7 @@ def _check_importance(importance: jax.Array) -> None:
 def _check_arguments(w, group_size, axis, method, encoding, bits, limit, importance) -> int:
     check_encoding(encoding, bits)
     _check_limit(limit, bits)
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    check_method(method, encoding)
     check_group_size(group_size)
     check_axis(axis, w.shape)
     if jnp.issubdtype(w.dtype, jnp.complexfloating) or w.dtype == jnp.bool_:
@@ -355,9 +365,7 @@ def project(
         traced.
       axis: the reduction axis, along which groups lie.
       method: ``optimal`` (least squared error) or ``greedy`` (term revealing, SC20), which keeps
-        the largest of the digits that the encoding gives. With ``booth4`` the value that they leave
-        may count more terms again, since Booth's recoding is not minimal: 7 = 8 - 1 leaves 8, which
-        it writes as 16 - 8.
+        the largest terms of each value and is not for ``booth4``.
       encoding: how terms are counted.
       bits: width of the integers; terms have exponents 0 to ``bits - 1`` and values reach
         ``±2**(bits - 1)``. Weights outside are clipped.

@@ -24,11 +24,11 @@ import jax.numpy as jnp
 
 from stp_jax.terms.encodings import Encoding, check_encoding
 from stp_jax.terms.projection import (
-    METHODS,
     Method,
     broadcasts_to,
     check_budget,
     check_group_size,
+    check_method,
     max_budget,
     project,
 )
@@ -51,8 +51,7 @@ class WeightFormat:
         check_encoding(self.encoding, self.bits)
         if self.bits < 2:
             raise ValueError(f"bits must be 2 or more to hold a sign, got {self.bits}")
-        if self.method not in METHODS:
-            raise ValueError(f"unknown method {self.method!r}; choose one of {', '.join(METHODS)}")
+        check_method(self.method, self.encoding)
         check_group_size(self.group_size)
 
     @property

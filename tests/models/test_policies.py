@@ -72,7 +72,7 @@ def test_depthwise_convolutions_keep_all_terms(name, convolutions):
 
 
 def test_the_format_reaches_both_rules():
-    options = {"group_size": 4, "encoding": "booth4", "method": "greedy", "activation_bits": 6}
+    options = {"group_size": 4, "encoding": "hese", "method": "greedy", "activation_bits": 6}
     policy = models.default_policy(abstract("resnet20"), budget=3, **options)
     for rule in policy.rules:
         assert {key: getattr(rule, key) for key in options} == options
