@@ -1,6 +1,9 @@
 """A character language model of few power-of-two terms on Python's language reference.
 
 python -m experiments.run --exp=stp_lstm_lm
+
+Test accuracy with seed 0, next characters: float 45.7 %, int8 45.6 %, retrained 46.3 % at 0.75
+terms per weight, in under two minutes on two CPU cores. Network: Zaremba et al., 2014.
 """
 
 from experiments.config import Config

@@ -1,6 +1,9 @@
 """A multi-layer perceptron of few power-of-two terms on handwritten digits.
 
 python -m experiments.run --exp=stp_mlp
+
+Test accuracy with seed 0: float 95.3 %, int8 95.0 %, retrained 95.6 % at 0.75 terms per weight, in
+half a minute on two CPU cores.
 """
 
 from experiments.config import Config

@@ -6,7 +6,8 @@ cosine as in Loshchilov & Hutter, ICLR 2017); published torchvision weights spar
     python -m experiments.run --exp=stp_resnet18_imagenet \\
         --set init_from=resnet18.pth --set float_epochs=0
 
-The data come from TFDS's imagenet2012, which asks for a manual download.
+The data come from TFDS's imagenet2012, which asks for a manual download. Nobody has run it whole:
+`benchmarks/imagenet_standin.py` runs every line of it on a few generated images.
 """
 
 from experiments.config import Config

@@ -1,6 +1,9 @@
 """A small vision transformer of few power-of-two terms on handwritten digits.
 
 python -m experiments.run --exp=stp_vit_s16
+
+Test accuracy with seed 0: float 94.7 %, int8 94.4 %, retrained 95.0 % at 0.75 terms per weight, in
+a good minute on two CPU cores. Network: Dosovitskiy et al., ICLR 2021.
 """
 
 from experiments.config import Config
