@@ -177,7 +177,7 @@ def page(results: Mapping[str, Any], study: Mapping[str, Any] | None = None) -> 
 def plot(results: Mapping[str, Any], path: Path) -> None:
     """The accuracy–energy front of every method as a PNG."""
     table = summary(results)
-    figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     for method, rows in table[table["terms"].notna()].groupby("method", sort=False):
         rows = rows.sort_values("saving")
@@ -193,7 +193,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         ylabel="top-1 accuracy (%)",
         title=f"{results['model']}, {results['technology']}",
     )
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=150)
 
 

@@ -24,8 +24,6 @@ from stp_jax.hwmodel.network import Network as Network
 from stp_jax.hwmodel.network import conv as conv
 from stp_jax.hwmodel.network import dense as dense
 from stp_jax.hwmodel.network import matmul as matmul
-from stp_jax.hwmodel.network import read_scalesim_config as read_scalesim_config
-from stp_jax.hwmodel.network import read_scalesim_topology as read_scalesim_topology
 from stp_jax.hwmodel.onnx import read_onnx as read_onnx
 from stp_jax.hwmodel.pes import PE as PE
 from stp_jax.hwmodel.pes import BitParallel as BitParallel
@@ -35,6 +33,8 @@ from stp_jax.hwmodel.plots import plot_sensitivity as plot_sensitivity
 from stp_jax.hwmodel.plots import roofline as roofline
 from stp_jax.hwmodel.report import Report as Report
 from stp_jax.hwmodel.report import computational_saving as computational_saving
+from stp_jax.hwmodel.scalesim import read_scalesim_config as read_scalesim_config
+from stp_jax.hwmodel.scalesim import read_scalesim_topology as read_scalesim_topology
 from stp_jax.hwmodel.statistics import GroupTerms as GroupTerms
 from stp_jax.hwmodel.statistics import measure_terms as measure_terms
 from stp_jax.hwmodel.sweep import sweep as sweep
