@@ -23,7 +23,7 @@ import pandas as pd
 from rich.console import Console
 
 from experiments.config import Config, ConfigError, override
-from experiments.log import write_json
+from experiments.runtime.log import write_json
 from stp_jax import data, hwmodel
 
 # What a method changes in the configuration, given terms per weight and the common group size;
@@ -255,8 +255,8 @@ def _context(config: Config, workdir: Path, console: Console) -> Any:
 def _run(config: Config, workdir: Path, name: str, known: Mapping[str, float]) -> None:
     """One member, or what an interrupted run left of it; its console goes to a file."""
     from experiments import report, train
-    from experiments.lock import locked
     from experiments.run import claim
+    from experiments.runtime.lock import locked
 
     claim(workdir, name, config)
     if not (workdir / "stages.json").exists():

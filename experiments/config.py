@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from stp_jax.data import AUGMENTATIONS
-from stp_jax.integration.allocation import Resource
 from stp_jax.models import MODELS, model_options
+from stp_jax.quant.allocation import Resource
 from stp_jax.terms import Encoding, Method, max_budget
 
 

@@ -16,8 +16,8 @@ from flax import nnx
 from rich.console import Console
 
 import stp_jax
-from experiments import sharding
 from experiments.config import Config, ConfigError
+from experiments.runtime import sharding
 from stp_jax import data, export, models
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 import stp_jax
 from experiments.context import Context
-from experiments.log import write_json
+from experiments.runtime.log import write_json
 from experiments.train import Outcome
 from stp_jax import export, hwmodel
 

@@ -100,7 +100,7 @@ def claim(workdir: Path, name: str, config: Any) -> None:
     Raises:
       ConfigError: the folder holds something else, or a run of another configuration.
     """
-    from experiments.log import write_json
+    from experiments.runtime.log import write_json
 
     stored = workdir / "config.json"
     if stored.exists():
@@ -128,7 +128,7 @@ def claim(workdir: Path, name: str, config: Any) -> None:
 
 def _sweep(options: argparse.Namespace, base: Any, console: Console) -> int:
     """A sweep, from the check of every member's settings to its table; the exit status."""
-    from experiments import interrupts
+    from experiments.runtime import interrupts
     from experiments.sweep import parse_sweep, run_sweep
 
     if options.jobs < 1:
@@ -171,7 +171,7 @@ def _sweep(options: argparse.Namespace, base: Any, console: Console) -> int:
 
 
 def _join(options: argparse.Namespace) -> None:
-    from experiments import distributed
+    from experiments.runtime import distributed
 
     processes = (options.coordinator, options.num_processes, options.process_id)
     try:
@@ -183,10 +183,11 @@ def _join(options: argparse.Namespace) -> None:
 def _train(config: Config, workdir: Path, name: str, console: Console) -> int:
     """A training run, from its checks to its report; the exit status."""
     # Only a sound configuration is worth the seconds that these imports take.
-    from experiments import disk, distributed, interrupts, report, train
-    from experiments.checkpoints import CheckpointError
+    from experiments import report, train
     from experiments.context import check_model, make_context
-    from experiments.lock import locked
+    from experiments.runtime import disk, distributed, interrupts
+    from experiments.runtime.checkpoints import CheckpointError
+    from experiments.runtime.lock import locked
 
     if not distributed.is_first():
         console = Console(quiet=True)

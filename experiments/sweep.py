@@ -24,9 +24,9 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from experiments import interrupts
 from experiments.config import ConfigError
-from experiments.log import write_json
+from experiments.runtime import interrupts
+from experiments.runtime.log import write_json
 
 _LONGEST_NAME = 120  # characters; file systems stop at 255 bytes
 _NOT_TABLED = ("config", "versions", "budgets", "by_layer", "cycles_by_layer", "seed")

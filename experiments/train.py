@@ -19,13 +19,13 @@ import optax
 from flax import nnx
 
 import stp_jax
-from experiments import interrupts, sharding
-from experiments.checkpoints import StageCheckpoints
 from experiments.config import Config
 from experiments.context import Context, make_model, make_policy, read_budgets
-from experiments.distributed import from_first, is_first
-from experiments.finite import Watch, name_nonfinite, nonfinite, paths
-from experiments.log import NoLog, StageLog, write_json
+from experiments.runtime import interrupts, sharding
+from experiments.runtime.checkpoints import StageCheckpoints
+from experiments.runtime.distributed import from_first, is_first
+from experiments.runtime.finite import Watch, name_nonfinite, nonfinite, paths
+from experiments.runtime.log import NoLog, StageLog, write_json
 from stp_jax import export, hwmodel
 from stp_jax.terms import budget_schedule, guide, round_budgets
 

@@ -8,34 +8,34 @@ images) and `stp_jax.hwmodel` (the accelerator); they are imported when they are
 import importlib as _importlib
 from typing import TYPE_CHECKING, Any
 
-from stp_jax.integration.allocation import allocate as allocate
-from stp_jax.integration.allocation import term_costs as term_costs
-from stp_jax.integration.bias import correct_bias as correct_bias
-from stp_jax.integration.compensation import compensate as compensate
-from stp_jax.integration.guidance import guidance as guidance
-from stp_jax.integration.integer import integer_model as integer_model
-from stp_jax.integration.linen import QuantizedModule as QuantizedModule
-from stp_jax.integration.nnx import ActivationScale as ActivationScale
-from stp_jax.integration.nnx import Budget as Budget
-from stp_jax.integration.nnx import RelaxedBudget as RelaxedBudget
-from stp_jax.integration.nnx import WeightScale as WeightScale
-from stp_jax.integration.nnx import budgets as budgets
-from stp_jax.integration.nnx import calibrate as calibrate
-from stp_jax.integration.nnx import integer_weights as integer_weights
-from stp_jax.integration.nnx import kernel_paths as kernel_paths
-from stp_jax.integration.nnx import project_params as project_params
-from stp_jax.integration.nnx import quantized_layers as quantized_layers
-from stp_jax.integration.nnx import relax_budgets as relax_budgets
-from stp_jax.integration.nnx import relaxed_budgets as relaxed_budgets
-from stp_jax.integration.nnx import search_weight_scales as search_weight_scales
-from stp_jax.integration.nnx import set_budgets as set_budgets
-from stp_jax.integration.policy import Policy as Policy
-from stp_jax.integration.policy import Rule as Rule
-from stp_jax.integration.policy import UnmatchedRuleError as UnmatchedRuleError
-from stp_jax.integration.quantize import quantize as quantize
-from stp_jax.integration.sensitivity import error_curves as error_curves
-from stp_jax.integration.sensitivity import group_counts as group_counts
-from stp_jax.integration.sensitivity import squared_gradients as squared_gradients
+from stp_jax.quant.allocation import allocate as allocate
+from stp_jax.quant.allocation import term_costs as term_costs
+from stp_jax.quant.bias import correct_bias as correct_bias
+from stp_jax.quant.compensation import compensate as compensate
+from stp_jax.quant.guidance import guidance as guidance
+from stp_jax.quant.integer import integer_model as integer_model
+from stp_jax.quant.linen import QuantizedModule as QuantizedModule
+from stp_jax.quant.nnx import ActivationScale as ActivationScale
+from stp_jax.quant.nnx import Budget as Budget
+from stp_jax.quant.nnx import RelaxedBudget as RelaxedBudget
+from stp_jax.quant.nnx import WeightScale as WeightScale
+from stp_jax.quant.nnx import budgets as budgets
+from stp_jax.quant.nnx import calibrate as calibrate
+from stp_jax.quant.nnx import integer_weights as integer_weights
+from stp_jax.quant.nnx import kernel_paths as kernel_paths
+from stp_jax.quant.nnx import project_params as project_params
+from stp_jax.quant.nnx import quantized_layers as quantized_layers
+from stp_jax.quant.nnx import relax_budgets as relax_budgets
+from stp_jax.quant.nnx import relaxed_budgets as relaxed_budgets
+from stp_jax.quant.nnx import search_weight_scales as search_weight_scales
+from stp_jax.quant.nnx import set_budgets as set_budgets
+from stp_jax.quant.policy import Policy as Policy
+from stp_jax.quant.policy import Rule as Rule
+from stp_jax.quant.policy import UnmatchedRuleError as UnmatchedRuleError
+from stp_jax.quant.quantize import quantize as quantize
+from stp_jax.quant.sensitivity import error_curves as error_curves
+from stp_jax.quant.sensitivity import group_counts as group_counts
+from stp_jax.quant.sensitivity import squared_gradients as squared_gradients
 
 if TYPE_CHECKING:
     from stp_jax import data as data

@@ -24,7 +24,7 @@ from rich.console import Console
 import stp_jax
 from experiments.comparison import numbers, parse_base
 from experiments.config import ConfigError
-from experiments.log import write_json
+from experiments.runtime.log import write_json
 from stp_jax.terms import project
 from stp_jax.terms.quantizers import merge_axes
 

@@ -24,7 +24,7 @@ from rich.console import Console
 
 import stp_jax
 from experiments.config import ConfigError, check_choices
-from experiments.log import write_json
+from experiments.runtime.log import write_json
 from stp_jax import hwmodel, models
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.extend import core
 
-from stp_jax.integration.nnx import Quantizer, quantized_layers
+from stp_jax.quant.nnx import Quantizer, quantized_layers
 
 # QuantizeLinear and DequantizeLinear with axes, reductions with axes as inputs: ONNX 1.13 (2022).
 OPSET = 18

@@ -22,15 +22,15 @@ import numpy as np
 from flax import nnx
 
 from stp_jax.export.variables import LISTED, check_fit, listing, read, variables, write
-from stp_jax.integration.nnx import (
+from stp_jax.quant.nnx import (
     QuantizedLayer,
     integer_weights,
     kernel_paths,
     quantize_nnx,
     quantized_layers,
 )
-from stp_jax.integration.policy import Policy, Rule
-from stp_jax.integration.sensitivity import group_counts
+from stp_jax.quant.policy import Policy, Rule
+from stp_jax.quant.sensitivity import group_counts
 from stp_jax.terms import PackedTerms, pack, unpack
 from stp_jax.terms.packing import slot_format
 from stp_jax.terms.quantizers import merge_axes

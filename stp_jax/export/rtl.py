@@ -17,8 +17,8 @@ import numpy as np
 from flax import nnx
 
 from stp_jax.hwmodel.rtl.images import Job, write_images
-from stp_jax.integration.integer import integer_model
-from stp_jax.integration.nnx import Quantizer, product_hook, quantized_layers
+from stp_jax.quant.integer import integer_model
+from stp_jax.quant.nnx import Quantizer, product_hook, quantized_layers
 
 _KINDS = (nnx.Conv, nnx.Linear)
 

@@ -45,8 +45,8 @@ from stp_jax.hwmodel.pes import (
     operand_register_bits,
     refuse_budgets,
 )
-from stp_jax.hwmodel.statistics import check_names, lookup, term_counts
 from stp_jax.hwmodel.technology import Technology
+from stp_jax.hwmodel.term_histogram import check_names, lookup, term_counts
 
 WEIGHT_BITS = 8
 _SUBGROUP = 8  # of BitVert's lanes, sec. IV-A of its paper

@@ -16,8 +16,8 @@ from stp_jax.hwmodel.network import Network
 from stp_jax.hwmodel.numeric import as_real, check_smoothing, namespace, smooth_maximum
 from stp_jax.hwmodel.pes import PE, BitParallel, Profile, Workload
 from stp_jax.hwmodel.report import Report
-from stp_jax.hwmodel.statistics import GroupTerms
 from stp_jax.hwmodel.technology import HOROWITZ_45NM, SHIFT_MULTIPLEXERS, Technology
+from stp_jax.hwmodel.term_histogram import GroupTerms
 
 
 def evaluate(

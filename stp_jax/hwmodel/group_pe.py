@@ -36,8 +36,8 @@ from stp_jax.hwmodel.pes import (
     composed_area,
     operand_register_bits,
 )
-from stp_jax.hwmodel.statistics import GroupTerms, check_names, lookup, measure_terms
 from stp_jax.hwmodel.technology import Technology
+from stp_jax.hwmodel.term_histogram import GroupTerms, check_names, lookup, measure_terms
 
 Grouping = Literal["flat", "channels"]
 Budgets = Mapping[str, Any] | Sequence[Any] | jax.typing.ArrayLike | None

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from stp_jax.hwmodel.network import Layer
-from stp_jax.hwmodel.statistics import lookup, weight_matrix
+from stp_jax.hwmodel.term_histogram import lookup, weight_matrix
 
 
 def layer_weights(layer: Layer, weights: Any, bits: int) -> np.ndarray:

@@ -13,8 +13,6 @@ from collections.abc import Iterable
 
 from flax import nnx
 
-from stp_jax.integration.nnx import kernel_paths
-from stp_jax.integration.policy import Policy, Rule
 from stp_jax.models.efficientnet import EfficientNetLite
 from stp_jax.models.lstm import LSTMLanguageModel
 from stp_jax.models.mlp import MLP
@@ -22,6 +20,8 @@ from stp_jax.models.mobilenet import MobileNetV2
 from stp_jax.models.resnet import CifarResNet, ResNet
 from stp_jax.models.vgg import VGG
 from stp_jax.models.vit import VisionTransformer
+from stp_jax.quant.nnx import kernel_paths
+from stp_jax.quant.policy import Policy, Rule
 from stp_jax.terms import Encoding, Method
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments import checkpoints, disk, manifest
-from experiments.checkpoints import CheckpointError, StageCheckpoints
+from experiments.runtime import checkpoints, disk, manifest
+from experiments.runtime.checkpoints import CheckpointError, StageCheckpoints
 
 
 class Position:

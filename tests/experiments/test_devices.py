@@ -11,9 +11,10 @@ from flax import nnx
 from rich.console import Console
 
 import stp_jax
-from experiments import configs, sharding, train
+from experiments import configs, train
 from experiments.config import override
 from experiments.context import Context, make_model, make_policy
+from experiments.runtime import sharding
 from stp_jax import data
 
 

@@ -10,9 +10,10 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from experiments import configs, finite, train
+from experiments import configs, train
 from experiments.config import override
 from experiments.context import Context, make_model
+from experiments.runtime import finite
 from stp_jax import data
 
 

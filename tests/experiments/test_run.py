@@ -13,11 +13,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import checkpoints, configs, interrupts
+from experiments import configs
 from experiments.config import override
-from experiments.lock import locked
-from experiments.manifest import find_damage
 from experiments.run import claim, main
+from experiments.runtime import checkpoints, interrupts
+from experiments.runtime.lock import locked
+from experiments.runtime.manifest import find_damage
 
 SMALL = [
     "float_epochs=2",

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from stp_jax.integration.bias import _replace_product
-from stp_jax.integration.nnx import (
+from stp_jax.quant.bias import _replace_product
+from stp_jax.quant.nnx import (
     QuantizedLayer,
     _kernel,
     call_model,

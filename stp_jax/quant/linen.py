@@ -26,7 +26,7 @@ from flax.core import meta, unfreeze
 from flax.core.scope import DenyList, in_filter, union_filters
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from stp_jax.integration.layers import (
+from stp_jax.quant.layers import (
     KernelAxes,
     LayerFormat,
     conv_axes,
@@ -34,7 +34,7 @@ from stp_jax.integration.layers import (
     einsum_axes,
     embedding_axes,
 )
-from stp_jax.integration.policy import Policy, Rule
+from stp_jax.quant.policy import Policy, Rule
 
 STATE = "stp"  # budgets, and scales that are not trained
 SCALES = "stp_params"  # learned scales

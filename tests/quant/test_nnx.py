@@ -10,8 +10,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import stp_jax
 from stp_jax import Policy, Rule
-from stp_jax.integration.nnx import ActivationScale, WeightScale
-from stp_jax.integration.policy import UnmatchedRuleError
+from stp_jax.quant.nnx import ActivationScale, WeightScale
+from stp_jax.quant.policy import UnmatchedRuleError
 from stp_jax.terms import count
 
 X = jax.random.normal(jax.random.key(1), (2, 5, 6, 8))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from stp_jax.integration.nnx import QuantizedLayer, quantized_layers
+from stp_jax.quant.nnx import QuantizedLayer, quantized_layers
 from stp_jax.terms.projection import error_curve
 from stp_jax.terms.quantizers import merge_axes
 

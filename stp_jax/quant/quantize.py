@@ -7,9 +7,9 @@ from typing import Any, TypeVar, overload
 from flax import linen as nn
 from flax import nnx
 
-from stp_jax.integration.linen import QuantizedModule, quantize_linen
-from stp_jax.integration.nnx import quantize_nnx
-from stp_jax.integration.policy import Policy
+from stp_jax.quant.linen import QuantizedModule, quantize_linen
+from stp_jax.quant.nnx import quantize_nnx
+from stp_jax.quant.policy import Policy
 
 Model = TypeVar("Model", bound=nnx.Module)
 

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import stp_jax
-from stp_jax.integration.bias import correct_bias
+from stp_jax.quant.bias import correct_bias
 
 COARSE = stp_jax.Policy([stp_jax.Rule(path=".*", budget=2, activations="none")])
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 import stp_jax
 from stp_jax import Policy, Rule
-from stp_jax.integration.policy import UnmatchedRuleError
+from stp_jax.quant.policy import UnmatchedRuleError
 from stp_jax.terms import count
 
 KEY = jax.random.key(0)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from stp_jax.integration.layers import (
+from stp_jax.quant.layers import (
     KernelAxes,
     LayerFormat,
     conv_axes,
@@ -24,7 +24,7 @@ from stp_jax.integration.layers import (
     einsum_axes,
     embedding_axes,
 )
-from stp_jax.integration.policy import Policy, Rule
+from stp_jax.quant.policy import Policy, Rule
 
 # A layer with a kernel: one of `_KERNEL_LAYERS`, whose attributes differ too much for a protocol.
 Layer = Any

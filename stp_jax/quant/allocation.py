@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from stp_jax.integration.nnx import budgets, quantized_layers
-from stp_jax.integration.sensitivity import error_curves, group_counts
+from stp_jax.quant.nnx import budgets, quantized_layers
+from stp_jax.quant.sensitivity import error_curves, group_counts
 from stp_jax.terms.budgets import allocate_budgets
 
 # What budgets share out: terms to store, the array's cycles or energy, or terms and energy in equal

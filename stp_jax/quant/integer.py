@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from stp_jax.integration.nnx import QuantizedLayer, Quantizer, product_hook, quantized_layers
+from stp_jax.quant.nnx import QuantizedLayer, Quantizer, product_hook, quantized_layers
 from stp_jax.terms.activations import activation_integers
 from stp_jax.terms.encodings import digit_planes, num_digits
 

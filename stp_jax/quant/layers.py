@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stp_jax.integration.policy import Rule
+from stp_jax.quant.policy import Rule
 from stp_jax.terms.activations import quantize_activations
 from stp_jax.terms.quantizers import (
     max_scale,

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from experiments.distributed import from_first, is_first
-from experiments.manifest import find_damage, write_manifest
+from experiments.runtime.distributed import from_first, is_first
+from experiments.runtime.manifest import find_damage, write_manifest
 
 
 class CheckpointError(RuntimeError):

@@ -9,7 +9,7 @@ import jax
 import optax
 from flax import nnx
 
-from stp_jax.integration.nnx import project_params
+from stp_jax.quant.nnx import project_params
 from stp_jax.terms.guidance import guide
 
 Values = Mapping[str, jax.typing.ArrayLike]

@@ -3,7 +3,7 @@
 import pytest
 
 from stp_jax import Policy, Rule
-from stp_jax.integration.policy import UnmatchedRuleError
+from stp_jax.quant.policy import UnmatchedRuleError
 
 PATHS = ["encoder.layer1.conv", "encoder.layer2.conv", "head"]
 

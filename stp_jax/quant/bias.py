@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from stp_jax.integration.nnx import (
+from stp_jax.quant.nnx import (
     Layer,
     QuantizedLayer,
     call_model,

@@ -1,0 +1,1 @@
+"""Readers of networks: Flax models, ONNX files, SCALE-Sim topologies."""
