@@ -210,7 +210,7 @@ def check_model(context: Context) -> None:
     if config.budgets is not None:
         shapes = nnx.eval_shape(lambda model: stp_jax.quantize(model, policy), abstract)
         quantized = stp_jax.quantized_layers(shapes)
-        rules = {path: layer.quantizer.rule for path, layer in quantized.items()}
+        rules = {path: layer.rule for path, layer in quantized.items()}
         read_budgets(config, [path for path, rule in rules.items() if rule.budget is not None])
 
 

@@ -56,7 +56,7 @@ _PRODUCTS = {
     "general": "dot_general",
     "einsum": "einsum_op",
 }
-_DEFAULT_PRODUCTS = {
+_DEFAULT_PRODUCTS: dict[str, Callable] = {
     "conv_general_dilated": jax.lax.conv_general_dilated,
     "dot_general": jax.lax.dot_general,
     "einsum_op": jnp.einsum,
@@ -266,7 +266,7 @@ def _wrapped_product(layer: KernelLayer, wraps: Sequence[Wrap]) -> tuple[str, Ca
     make = _original(layer.module, factory)
     if make is not None:  # makes the product where it is called, perhaps with state of its own
         return factory, lambda: _folded(layer, make(), wraps)
-    present = _original(layer.module, layer.product) or _DEFAULT_PRODUCTS[layer.product]
+    present: Callable = _original(layer.module, layer.product) or _DEFAULT_PRODUCTS[layer.product]
     new = _folded(layer, present, wraps)
     return layer.product, None if new is present else new
 
@@ -322,12 +322,16 @@ def intercept(hooks: Sequence[Hooks], key: Any = None) -> Iterator[None]:
 
     Args:
       hooks: what to replace.
-      key: what else the traced computation depends on, hashable.
+      key: what the traced computation depends on, hashable, where hooks are made anew for every
+        call; by default the hooks themselves. Equal keys share JAX's traces.
     """
     if not hooks:
         yield
         return
-    with _trace_key((*hooks, key)), nn.intercept_methods(_Interceptor(tuple(hooks))):
+    with (
+        _trace_key(tuple(hooks) if key is None else key),
+        nn.intercept_methods(_Interceptor(tuple(hooks))),
+    ):
         yield
 
 
@@ -484,6 +488,14 @@ def _linen_key(model: LinenModel, path: str, name: str) -> tuple[str, ...] | Non
 
 def _nnx_module(model: nnx.Module, path: str) -> Any:
     return next(m for p, m in nnx.iter_modules(model) if _dotted(p) == path)
+
+
+def replace_kernel(model: Any, layer: KernelLayer, value: jax.Array) -> None:
+    """Gives a layer a kernel of any dtype, in place."""
+    if isinstance(model, LinenModel):
+        set_variable(model, layer.path, layer.kernel_name, value)
+    else:
+        setattr(_nnx_module(model, layer.path), layer.kernel_name, nnx.Param(value))
 
 
 def copy_model(model: Model) -> Model:

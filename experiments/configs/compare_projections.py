@@ -58,22 +58,22 @@ def _weigh(model: nnx.Module, importance: Mapping[str, Any]) -> None:
     """Puts the kernels on the few-term values of least weighted error, scales included."""
     importance = {path: importance[path] + jnp.float32(1e-12) for path in stp_jax.budgets(model)}
     stp_jax.search_weight_scales(model, importance=importance)
-    for path, (layer, quantizer) in stp_jax.quantized_layers(model).items():
-        rule, axes = quantizer.rule, quantizer.axes.groups
+    for path, layer in stp_jax.quantized_layers(model).items():
+        rule, axes = layer.rule, layer.format.axes.groups
         if rule.budget is None:
             continue
-        kernel, weights = layer.kernel[...], importance[path]
-        scale = quantizer.kernel_scale(kernel)
+        kernel, weights = layer.kernel, importance[path]
+        scale = layer.scale
         shape, axis = merge_axes(kernel.shape, axes)
         integers = project(
             (kernel / scale).reshape(shape),
             group_size=rule.group_size,
-            budget=quantizer.budget[...],
+            budget=layer.budget,
             axis=axis,
             limit=rule.format.largest,
             importance=weights.reshape(shape),
         )
-        layer.kernel[...] = scale * integers.reshape(kernel.shape).astype(kernel.dtype)
+        layer.kernel = scale * integers.reshape(kernel.shape).astype(kernel.dtype)
 
 
 def _ways(context: Any, model: nnx.Module, budget: int) -> dict[str, nnx.Module]:

@@ -22,13 +22,9 @@ import numpy as np
 from flax import nnx
 
 from stp_jax.export.variables import LISTED, check_fit, listing, read, variables, write
-from stp_jax.quant.nnx import (
-    QuantizedLayer,
-    integer_weights,
-    kernel_paths,
-    quantize_nnx,
-    quantized_layers,
-)
+from stp_jax.quant.calibration import integer_weights
+from stp_jax.quant.layers import QuantizedLayer, quantized_layers
+from stp_jax.quant.nnx import kernel_paths, quantize_nnx
 from stp_jax.quant.policy import Policy, Rule
 from stp_jax.quant.sensitivity import group_counts
 from stp_jax.terms import PackedTerms, pack, unpack
@@ -44,7 +40,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 
 def _kernel_name(path: str, quantized: QuantizedLayer) -> str:
-    return f"{path}.{'embedding' if isinstance(quantized.layer, nnx.Embed) else 'kernel'}"
+    return f"{path}.{quantized.layer.kernel_name}"
 
 
 def _is_stream(rule: Rule, budget: int) -> bool:
@@ -59,8 +55,8 @@ def _integer_type(rule: Rule) -> np.dtype:
 
 def _pack(integers: np.ndarray, quantized: QuantizedLayer, budget: int) -> PackedTerms:
     """The kernel's stream; group axes of the kernel are merged into one, the stream's axis."""
-    rule = quantized.quantizer.rule
-    shape, axis = merge_axes(integers.shape, quantized.quantizer.axes.groups)
+    rule = quantized.rule
+    shape, axis = merge_axes(integers.shape, quantized.format.axes.groups)
     return pack(
         integers.reshape(shape),
         group_size=rule.group_size,
@@ -75,9 +71,9 @@ def _layer_tensors(
     path: str, quantized: QuantizedLayer, integers: np.ndarray
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The tensors of one quantized layer and its entry in the metadata."""
-    quantizer, name = quantized.quantizer, _kernel_name(path, quantized)
-    rule, budget = quantizer.rule, int(quantizer.budget[...])
-    tensors = {f"{name}.scale": quantizer.kernel_scale(quantized.kernel)}
+    name = _kernel_name(path, quantized)
+    rule, budget = quantized.rule, int(quantized.budget)
+    tensors = {f"{name}.scale": quantized.scale}
     entry: dict[str, Any] = {"kernel": name, "shape": integers.shape, "budget": budget}
     if _is_stream(rule, budget):
         packed = _pack(integers, quantized, budget)
@@ -85,8 +81,8 @@ def _layer_tensors(
         entry["stream"] = {"shape": packed.shape, "axis": packed.axis}
     else:
         tensors[f"{name}.integers"] = jnp.asarray(integers.astype(_integer_type(rule)))
-    if rule.activations in ("learned", "calibrated"):
-        tensors[f"{path}.input.scale"] = jnp.abs(quantizer.activation_scale[...])
+    if quantized.stored_input_scale is not None:
+        tensors[f"{path}.input.scale"] = jnp.abs(quantized.stored_input_scale)
     if rule.weight_scale == "max":
         # The largest weight that set the scale is gone: from now on the scale is a stored one.
         rule = dataclasses.replace(rule, weight_scale="search")
@@ -275,10 +271,8 @@ def packed_sizes(model: nnx.Module) -> PackedSizes:
     """
     groups, sizes = group_counts(model), {}
     for path, quantized in quantized_layers(model).items():
-        quantizer, kernel = quantized.quantizer, quantized.kernel
-        rule, budget = quantizer.rule, int(quantizer.budget[...])
-        scales = quantizer.kernel_scale(kernel).nbytes
-        scales += 4 * (rule.activations in ("learned", "calibrated"))
+        rule, budget, kernel = quantized.rule, int(quantized.budget), quantized.kernel
+        scales = quantized.scale.nbytes + 4 * rule.stores_input_scale
         integers = kernel.size * _integer_type(rule).itemsize
         slots = groups[path] * budget * slot_format(rule.group_size, budget, rule.bits).bits
         stream = -(-slots // 8) if _is_stream(rule, budget) else integers

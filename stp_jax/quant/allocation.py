@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from stp_jax.quant.nnx import budgets, quantized_layers
+from stp_jax.quant.budgets import budgets
+from stp_jax.quant.layers import quantized_layers
 from stp_jax.quant.sensitivity import error_curves, group_counts
 from stp_jax.terms.budgets import allocate_budgets
 
@@ -74,7 +75,7 @@ def _array_costs(
     from stp_jax import hwmodel  # the accelerator model is not needed for anything else here
 
     if array is None:
-        rule = quantized_layers(model)[paths[0]].quantizer.rule
+        rule = quantized_layers(model)[paths[0]].rule
         pe = hwmodel.GroupPE(
             group_size=rule.group_size, encoding=rule.encoding, bits=rule.bits, grouping="channels"
         )

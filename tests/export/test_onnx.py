@@ -71,7 +71,7 @@ def exported(request, digits, tmp_path_factory):
     name = request.param
     float_model = models.create(name, num_classes=10, rngs=nnx.Rngs(0), **MODELS[name])
     model = quantized(float_model, digits)
-    last, _ = stp_jax.quantized_layers(model)[LAST[name]]
+    last = stp_jax.quantized_layers(model)[LAST[name]].module
     last.bias[...] -= logits(model, digits).mean(axis=0)
     path = tmp_path_factory.mktemp(name) / "m.onnx"
     export_onnx(model, digits, path)

@@ -43,9 +43,9 @@ def small(**rule):
 def layer_sums(model, layer):
     """The layer's output in units of both scales, without its bias."""
     integer = stp_jax.integer_model(model)
-    module, quantizer = stp_jax.quantized_layers(model)[layer]
+    quantized = stp_jax.quantized_layers(model)[layer]
     seen = []
-    hook = "dot_general" if isinstance(module, nnx.Linear) else "conv_general_dilated"
+    hook = quantized.layer.product
     target = getattr(integer, layer)
     product = getattr(target, hook)
 
@@ -55,7 +55,7 @@ def layer_sums(model, layer):
 
     setattr(target, hook, nnx.static(recorded))
     integer(X)
-    scale = quantizer.kernel_scale(module.kernel[...]).reshape(-1) * quantizer.input_scale(X)
+    scale = quantized.scale.reshape(-1) * quantized.stored_input_scale
     out = np.asarray(seen[0], np.float64)
     return out.reshape(-1, out.shape[-1]) / np.asarray(scale, np.float64)
 
