@@ -1,23 +1,25 @@
-"""Real operands as the matrices that an array multiplies, and who waits for whom in it."""
+"""Operand matrices (im2col) of a layer, and the cycles of lanes in lock-step."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from stp_jax.hwmodel.network import Layer
-from stp_jax.hwmodel.term_histogram import lookup, weight_matrix
+from stp_jax.hwmodel.numbers import Operands
+from stp_jax.hwmodel.pes import PE
+from stp_jax.hwmodel.term_histogram import GroupTerms, lookup, weight_matrix
 
 
-def layer_weights(layer: Layer, weights: Any, bits: int) -> np.ndarray:
+def layer_weights(layer: Layer, weights: ArrayLike, bits: int) -> np.ndarray:
     """Integer weights of one layer by product: int64 (groups, K, M); see `weight_matrix`."""
     matrix = weight_matrix(layer, weights, bits)
     return matrix.reshape(layer.K, layer.groups, layer.M).transpose(1, 0, 2)
 
 
-def layer_patches(layer: Layer, activations: Any, bits: int) -> np.ndarray:
+def layer_patches(layer: Layer, activations: ArrayLike, bits: int) -> np.ndarray:
     """Integer inputs of one layer as patches by product: int64 (groups, K, P).
 
     Args:
@@ -43,7 +45,7 @@ def layer_patches(layer: Layer, activations: Any, bits: int) -> np.ndarray:
     return a
 
 
-def check_activations(layer: Layer, activations: Any, bits: int) -> np.ndarray:
+def check_activations(layer: Layer, activations: ArrayLike, bits: int) -> np.ndarray:
     """The activations as int64; TypeError unless integers, ValueError if 2**bits is reached."""
     a = np.asarray(activations)
     if not np.issubdtype(a.dtype, np.integer):
@@ -66,15 +68,15 @@ def _patches(layer: Layer, a: np.ndarray) -> np.ndarray:
     return split.transpose(1, 3, 2, 0).reshape(layer.groups, layer.K, layer.P)
 
 
-def require(what: str, given: Mapping[str, Any] | None, layer: Layer, pe: Any) -> Any:
+def require(what: str, given: Operands | GroupTerms | None, layer: Layer, pe: PE) -> ArrayLike:
     """A layer's operand, or a ValueError that says who needs it."""
-    held = None if given is None else lookup(given, layer)
-    if held is None:
+    operand = lookup(given, layer) if isinstance(given, Mapping) else None
+    if operand is None:
         raise ValueError(
             f"the cycles of {type(pe).__name__} depend on the digits of the {what}; pass "
             f"{what}={{...}} with {layer.name!r}"
         )
-    return held
+    return operand
 
 
 def pad_rows(x: np.ndarray, multiple: int) -> np.ndarray:

@@ -275,7 +275,7 @@ def test_packed_terms_are_smaller_than_bytes_at_few_terms():
 
 def test_a_packed_term_takes_a_byte_at_eight_activations():
     # Valid, sign, exponents 0 to 7, index 0 to 7: at k = g as many bits as int8.
-    assert hwmodel.GroupPE(group_size=8).slot_bits(np) == 8
+    assert hwmodel.GroupPE(group_size=8).slot_bits() == 8
 
 
 def test_energies_need_a_table_of_one_node(tmp_path):

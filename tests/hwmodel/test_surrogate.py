@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stp_jax import hwmodel
-from stp_jax.hwmodel.numeric import smooth_maximum, smooth_minimum
+from stp_jax.hwmodel.smoothing import smooth_maximum, smooth_minimum
 
 NETWORK = hwmodel.Network((hwmodel.dense("a", 64, 10, rows=5), hwmodel.dense("b", 20, 30)))
 ARRAY = hwmodel.Array(rows=4, cols=4, pe=hwmodel.GroupPE(group_size=8))
@@ -49,12 +49,12 @@ def test_relaxed_budgets_out_of_range_are_refused(budget):
 @pytest.mark.parametrize("smoothing", [0.01, 0.3, 0.99])
 def test_smooth_extrema_stay_near_and_between(smoothing):
     a, b = np.meshgrid(np.linspace(0, 5, 21), np.linspace(0, 5, 21))
-    largest, least = (f(a, b, smoothing, np) for f in (smooth_maximum, smooth_minimum))
+    largest, least = (f(a, b, smoothing) for f in (smooth_maximum, smooth_minimum))
     assert (largest >= np.maximum(a, b) - 1e-12).all()
     assert (largest <= np.maximum(a, b) + smoothing / 2 * (a + b) + 1e-12).all()
     assert (least >= -1e-12).all()
     assert (least <= np.minimum(a, b) + 1e-12).all()
     zero = a * b == 0
     np.testing.assert_array_equal(largest[zero], np.maximum(a, b)[zero])
-    slope = jax.grad(lambda x: smooth_maximum(x, jnp.float32(0), smoothing, jnp))(jnp.float32(0))
+    slope = jax.grad(lambda x: smooth_maximum(x, jnp.float32(0), smoothing))(jnp.float32(0))
     assert np.isfinite(slope)
