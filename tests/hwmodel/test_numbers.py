@@ -69,4 +69,4 @@ def test_numbers_are_computed_in_their_arrays_own_library():
     assert namespace_of(1.0, np.float64(2), np.ones(3)) is np
     assert namespace_of(np.ones(3), jnp.ones(3)) is jnp
     assert namespace_for({"a": 1.0, "b": jnp.ones(3)}) is np  # concrete, so exact
-    assert jax.jit(lambda x: x * (namespace_for({"a": x}) is jnp))(1.0) == 1.0
+    assert jax.jit(lambda x: x * float(namespace_for({"a": x}) is jnp))(1.0) == 1.0

@@ -4,8 +4,6 @@ import pytest
 from stp_jax import hwmodel
 
 onnx = pytest.importorskip("onnx")
-
-
 helper, FLOAT = onnx.helper, onnx.TensorProto.FLOAT
 
 
@@ -104,8 +102,6 @@ def test_a_broken_file_is_a_value_error(tmp_path):
 
 
 def test_onnx_graphs_become_networks(tmp_path):
-    onnx = pytest.importorskip("onnx")
-    helper, shape = onnx.helper, onnx.TensorProto.FLOAT
     nodes = [
         helper.make_node("Conv", ["x", "w"], ["y"], "conv", strides=[2, 2], pads=[1, 1, 1, 1]),
         helper.make_node("GlobalAveragePool", ["y"], ["p"]),
@@ -115,11 +111,11 @@ def test_onnx_graphs_become_networks(tmp_path):
     graph = helper.make_graph(
         nodes,
         "net",
-        [helper.make_tensor_value_info("x", shape, [2, 3, 16, 16])],
-        [helper.make_tensor_value_info("z", shape, [2, 10])],
+        [helper.make_tensor_value_info("x", FLOAT, [2, 3, 16, 16])],
+        [helper.make_tensor_value_info("z", FLOAT, [2, 10])],
         [
-            helper.make_tensor("w", shape, [8, 3, 3, 3], np.zeros(216)),
-            helper.make_tensor("g", shape, [10, 8], np.zeros(80)),
+            helper.make_tensor("w", FLOAT, [8, 3, 3, 3], np.zeros(216)),
+            helper.make_tensor("g", FLOAT, [10, 8], np.zeros(80)),
         ],
     )
     path = tmp_path / "net.onnx"
