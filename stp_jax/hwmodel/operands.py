@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -24,8 +25,9 @@ def layer_patches(layer: Layer, activations: ArrayLike, bits: int) -> np.ndarray
 
     Args:
       layer: the layer.
-      activations: patches (P, groups * K), channels fastest within a product; or, for convolutions,
-        the input (N, *spatial, channels), around which the layer's padding is laid.
+      activations: patches (P, groups * K), channels fastest within a product, whose axes may be
+        split where the layer is dense (as those of ``DenseGeneral`` are); or, for convolutions, the
+        input (N, *spatial, channels), around which the layer's padding is laid.
       bits: width; magnitudes must be below 2**bits.
 
     Raises:
@@ -34,7 +36,7 @@ def layer_patches(layer: Layer, activations: ArrayLike, bits: int) -> np.ndarray
     a = check_activations(layer, activations, bits)
     if a.shape == (layer.batch, *layer.in_size, layer.channels) and layer.kernel:
         a = _patches(layer, a)
-    elif a.size == layer.P * layer.groups * layer.K and a.shape[-1] == layer.groups * layer.K:
+    elif a.size == layer.P * layer.groups * layer.K and _ends_in(layer, a.shape):
         a = a.reshape(layer.P, layer.groups, layer.K).transpose(1, 2, 0)
     else:
         raise ValueError(
@@ -54,6 +56,12 @@ def check_activations(layer: Layer, activations: ArrayLike, bits: int) -> np.nda
     if a.size and np.abs(a).max() >= 1 << bits:
         raise ValueError(f"{layer.name}: activations exceed {bits} bits")
     return a
+
+
+def _ends_in(layer: Layer, shape: tuple[int, ...]) -> bool:
+    """Whether the last axis, or of a dense layer the last axes, is that of patches."""
+    most = len(shape) if layer.kind == "dense" else 1
+    return layer.groups * layer.K in (math.prod(shape[-n:]) for n in range(1, most + 1))
 
 
 def _patches(layer: Layer, a: np.ndarray) -> np.ndarray:

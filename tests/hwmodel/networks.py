@@ -51,3 +51,8 @@ def resnet18() -> hwmodel.Network:
         ]
         channels = filters
     return hwmodel.Network((*layers, hwmodel.dense("fc", 512, 1000)), name="ResNet-18")
+
+
+def extents(network):
+    """K, P, M and the number of products of each layer, by name."""
+    return {layer.name: (layer.K, layer.P, layer.M, layer.groups) for layer in network}

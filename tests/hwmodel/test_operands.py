@@ -46,3 +46,12 @@ def test_many_lanes_wait_beyond_a_byte():
     w = np.array([[300, 2], [1, 1]], np.uint16)
     a = np.array([[1, 2], [3, 1]], np.uint8)
     np.testing.assert_array_equal(hwmodel.operands._largest_products(w, a), [[300, 600], [3, 4]])
+
+
+def test_inputs_of_dense_layers_may_have_their_reduction_in_axes():
+    x = np.arange(2 * 5 * 3 * 4).reshape(2, 5, 3, 4)
+    dense = layer_patches(hwmodel.dense("d", 12, 6, rows=10), x, 8)
+    np.testing.assert_array_equal(dense, x.reshape(10, 12).T[None])
+    conv = hwmodel.conv("c", (2, 5), channels=12, filters=6, kernel=1)
+    with pytest.raises(ValueError, match="neither the input"):
+        layer_patches(conv, x, 8)

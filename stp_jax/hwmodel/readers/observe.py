@@ -83,7 +83,7 @@ def linen_einsums(observer: Observer) -> contextlib.AbstractContextManager[None]
         if not isinstance(module, linen.Einsum) or context.method_name != "__call__":
             return call(*args, **kwargs)
         name = _name(".".join(module.path))
-        equation = kwargs.get("einsum_str") or (args[1:] or [module.einsum_str])[0]
+        equation: Any = module.einsum_str or kwargs.get("einsum_str") or args[1]
 
         def describe(lhs: Shape, rhs: Shape, _: Shape) -> Layer:
             return products.einsum(name, equation, lhs, rhs)

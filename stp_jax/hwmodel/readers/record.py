@@ -71,7 +71,8 @@ def _run(model: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> _Record
                 f"{type(model).__name__} has no parameters; bind the module to its variables: "
                 "model.bind(variables)"
             )
-        model = LinenModel(*model.unbind())
+        module, variables = model.unbind()
+        model = LinenModel(module, dict(variables))
     elif not isinstance(model, nnx.Module | LinenModel):
         raise TypeError(
             "expected an nnx.Module or a linen.Module with its variables, got "

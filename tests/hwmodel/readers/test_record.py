@@ -2,9 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 from stp_jax import hwmodel
+from stp_jax.hooks import LinenModel
 from stp_jax.hwmodel.operands import layer_patches, layer_weights
 
 
@@ -97,3 +98,45 @@ def test_recorded_products_are_those_of_attention():
     )
     array = hwmodel.Array(rows=4, cols=4, pe=hwmodel.BitPragmatic())
     assert (hwmodel.evaluate(network, array, activations=activations).cycles > 0).all()
+
+
+class LinenBlock(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        x = linen.Conv(8, (3, 3), strides=2, padding="CIRCULAR", name="conv")(x)
+        x = linen.MultiHeadDotProductAttention(2, name="attention")(x.reshape(len(x), -1, 8))
+        return linen.Einsum((8, 3), "btd,do->bto", name="head")(x)
+
+
+def test_linen_modules_are_recorded_with_their_variables():
+    x = jax.random.normal(jax.random.key(1), (2, 6, 6, 3))
+    module = LinenBlock()
+    variables = module.init(jax.random.key(0), x)
+    network = hwmodel.trace(module, x)
+    activations, weights = hwmodel.record_operands(module.bind(variables), x)
+    assert set(activations) == set(network.names)
+    assert set(weights) == {"attention.scores", "attention.context"}
+    same, _ = hwmodel.record_operands(LinenModel(module, variables), x)
+    for name, recorded in activations.items():
+        np.testing.assert_array_equal(same[name], recorded)
+    padded = np.pad(np.asarray(x), [(0, 0), (1, 1), (1, 1), (0, 0)], mode="wrap")
+    np.testing.assert_array_equal(
+        activations["conv"], np.rint(padded * (127 / np.abs(padded).max()))
+    )
+    array = hwmodel.Array(rows=4, cols=4, pe=hwmodel.BitPragmatic())
+    assert (hwmodel.evaluate(network, array, activations=activations).cycles > 0).all()
+
+
+def test_linen_and_nnx_layers_record_alike():
+    x = jax.random.normal(jax.random.key(1), (2, 5, 4))
+    theirs = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    variables = {"params": {"kernel": theirs.kernel[...], "bias": theirs.bias[...]}}
+    ours = hwmodel.record_activations(linen.Dense(3).bind(variables), x)
+    np.testing.assert_array_equal(ours["model"], hwmodel.record_activations(theirs, x)["model"])
+
+
+def test_a_model_without_parameters_cannot_be_recorded():
+    with pytest.raises(TypeError, match="bind the module to its variables"):
+        hwmodel.record_operands(LinenBlock(), jnp.zeros((2, 6, 6, 3)))
+    with pytest.raises(TypeError, match=r"expected an nnx\.Module or a linen\.Module"):
+        hwmodel.record_operands(jnp.sin, jnp.zeros(3))

@@ -1,4 +1,5 @@
 import pytest
+from networks import extents
 
 from stp_jax import hwmodel
 
@@ -24,10 +25,6 @@ def test_a_malformed_topology_row_is_named(tmp_path, row):
     path.write_text(f"{HEADER}\nok,8,8,3,3,4,4,1,\n{row}\n")
     with pytest.raises(ValueError, match=r"net\.csv:3"):
         hwmodel.read_scalesim_topology(path)
-
-
-def extents(network):
-    return {layer.name: (layer.K, layer.P, layer.M, layer.groups) for layer in network}
 
 
 def test_scalesim_rounds_outputs_up(tmp_path):
