@@ -182,6 +182,7 @@ def _magnitude_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _ones(layer: Layer, operand: str, rows: int) -> np.ndarray:
+    """The factor of an operand that does not matter to the cycles."""
     return np.ones((rows, layer.M if operand == "weights" else layer.P), np.uint8)
 
 

@@ -54,7 +54,8 @@ def traffic(
     groups, K, P, M = folding.groups, folding.K, folding.P, folding.M
     row_folds, col_folds = folding.row_folds, folding.col_folds
     once = xp.ones_like(K)
-    # Passes of the array over: the inputs, the weights, the outputs.
+    # Passes of the array over: the inputs, the weights, the outputs. The resident operand is read
+    # once, the other once for each fold of the resident one's other extent.
     input_passes, weight_passes, output_passes = {
         "is": (once, col_folds, row_folds),
         "ws": (col_folds, once, row_folds),

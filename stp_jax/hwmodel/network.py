@@ -1,4 +1,4 @@
-"""Workloads: the layers of a network as matrix products, whatever operation they come from.
+"""Networks: layers as matrix products, whatever operation they come from.
 
 A layer of reduction K, positions P and filters M is ``groups`` independent products of a (P, K) by
 a (K, M) matrix. Convolutions are lowered as in SCALE-Sim (Samajdar et al., ISPASS 2020, sec. III):

@@ -67,6 +67,7 @@ def _ends_in(layer: Layer, shape: tuple[int, ...]) -> bool:
 def _patches(layer: Layer, a: np.ndarray) -> np.ndarray:
     axes = tuple(range(1, 1 + len(layer.kernel)))
     padded = np.pad(a, [(0, 0), *layer.padding, (0, 0)])
+    # A view of every window, of which strides and dilation choose some, is copied only at the end.
     windows = np.lib.stride_tricks.sliding_window_view(padded, layer.reach, axes)
     steps = zip(layer.out_size, layer.stride, strict=True)
     chosen = [slice(0, (out - 1) * stride + 1, stride) for out, stride in steps]
@@ -77,7 +78,7 @@ def _patches(layer: Layer, a: np.ndarray) -> np.ndarray:
 
 
 def require(what: str, given: Operands | GroupTerms | None, layer: Layer, pe: PE) -> ArrayLike:
-    """A layer's operand, or a ValueError that says who needs it."""
+    """A layer's operand; ValueError if it was not given to a PE that needs it."""
     operand = lookup(given, layer) if isinstance(given, Mapping) else None
     if operand is None:
         raise ValueError(
@@ -119,6 +120,8 @@ def lockstep_cycles(
       cols: C.
       lanes: lanes of the reduction in one PE.
     """
+    # Factors are not negative: of the columns and rows that share a step, the slowest lane l has the
+    # product of the largest factors, so maxima are taken over each operand before they multiply.
     if dataflow == "os":
         w = fold_maximum(weight_side, cols, 1)
         a = fold_maximum(activation_side, rows, 1)
@@ -148,6 +151,8 @@ def _row_blocks(w: np.ndarray, a: np.ndarray, size: int):
 
 def _largest_products(w: np.ndarray, a: np.ndarray) -> np.ndarray:
     """max over rows l of w[l, i] * a[l, j], shape (i, j), in slabs that fit the cache."""
+    # Where one operand is the same in all columns, as for PEs that serialise the other one alone,
+    # every column has the same maximum.
     if (a == a[:, :1]).all():
         return np.broadcast_to((w * a[:, :1]).max(axis=0)[:, None], (w.shape[1], a.shape[1]))
     if (w == w[:, :1]).all():
