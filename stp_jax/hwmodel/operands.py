@@ -120,8 +120,8 @@ def lockstep_cycles(
       cols: C.
       lanes: lanes of the reduction in one PE.
     """
-    # Factors are not negative: of the columns and rows that share a step, the slowest lane l has the
-    # product of the largest factors, so maxima are taken over each operand before they multiply.
+    # Factors are not negative, so the slowest of the pairs (m, p) that share a step has the product
+    # of the largest factors: maxima are taken over each operand before they multiply.
     if dataflow == "os":
         w = fold_maximum(weight_side, cols, 1)
         a = fold_maximum(activation_side, rows, 1)
