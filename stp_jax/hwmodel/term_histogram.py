@@ -1,4 +1,4 @@
-"""What real integer weights hold: terms per group, measured once and small afterwards."""
+"""Histograms of terms per group, measured on a network's integer weights."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from stp_jax import terms
 from stp_jax.hwmodel.network import Layer, Network
-from stp_jax.hwmodel.numeric import as_real, smooth_minimum
+from stp_jax.hwmodel.numbers import Operands, Real, Vector, as_real, namespace_of
+from stp_jax.hwmodel.smoothing import smooth_minimum
 
 if TYPE_CHECKING:
     from stp_jax.hwmodel.group_pe import GroupPE
+
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +39,7 @@ class GroupTerms:
 
     histogram: np.ndarray
     measured: np.ndarray
-    grouped: tuple[int, str, str, int]
+    grouped: tuple[Real, str, str, int]
     shapes: tuple[tuple[str, tuple[int, ...], int, int], ...]
 
     def check(self, pe: GroupPE, network: Network) -> None:
@@ -60,14 +64,15 @@ class GroupTerms:
         held = np.arange(self.histogram.shape[1]) * (self.histogram > 0)
         return held.max(axis=1)
 
-    def within(self, budgets: Any, xp: Any, smoothing: float = 0.0) -> tuple[Any, Any]:
+    def within(self, budgets: Vector, smoothing: float = 0.0) -> tuple[Vector, Vector]:
         """Terms held by groups capped at ``budgets``, and groups without a term.
 
         Real vectors over layers, zeros where weights are not known.
         """
+        xp = namespace_of(budgets)
         counts = xp.arange(self.histogram.shape[1], dtype=budgets.dtype)[None, :]
         histogram = as_real(self.histogram, xp)
-        held = xp.sum(histogram * smooth_minimum(counts, budgets[:, None], smoothing, xp), axis=1)
+        held = xp.sum(histogram * smooth_minimum(counts, budgets[:, None], smoothing), axis=1)
         return held, histogram[:, 0]
 
 
@@ -76,7 +81,7 @@ def weight_shapes(network: Network) -> tuple[tuple[str, tuple[int, ...], int, in
     return tuple((la.name, la.kernel, la.group_channels, la.filters) for la in network)
 
 
-def grouping_of(pe: GroupPE) -> tuple[int, str, str, int]:
+def grouping_of(pe: GroupPE) -> tuple[Real, str, str, int]:
     """What the statistics of a PE depend on."""
     return pe.group_size, pe.grouping, pe.encoding, pe.bits
 
@@ -86,7 +91,7 @@ def base_name(name: str) -> str:
     return name.split("@")[0]
 
 
-def check_names(what: str, given: Mapping[str, Any], network: Network) -> None:
+def check_names(what: str, given: Mapping[str, object], network: Network) -> None:
     """Raises ValueError that lists keys which name no layer of the network."""
     known = {base_name(name) for name in network.names} | set(network.names)
     unknown = sorted(set(given) - known)
@@ -96,12 +101,12 @@ def check_names(what: str, given: Mapping[str, Any], network: Network) -> None:
         )
 
 
-def lookup(given: Mapping[str, Any], layer: Layer) -> Any:
+def lookup(given: Mapping[str, _T], layer: Layer) -> _T | None:
     """A layer's entry by its name or by its module's, None if there is none."""
     return given.get(layer.name, given.get(base_name(layer.name)))
 
 
-def weight_matrix(layer: Layer, weights: Any, bits: int) -> np.ndarray:
+def weight_matrix(layer: Layer, weights: ArrayLike, bits: int) -> np.ndarray:
     """A layer's integer weights as a matrix of reduction x filters.
 
     Args:
@@ -175,7 +180,7 @@ def group_sums(layer: Layer, values: np.ndarray, pe: GroupPE) -> np.ndarray:
     return padded.reshape(-1, size, filters).sum(axis=1)
 
 
-def measure_terms(network: Network, weights: Mapping[str, Any] | None, pe: GroupPE) -> GroupTerms:
+def measure_terms(network: Network, weights: Operands | None, pe: GroupPE) -> GroupTerms:
     """Counts the terms in every group of the given layers' weights.
 
     Args:
