@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from stp_jax.hwmodel.rtl.images import Job, write_images
+from stp_jax.hwmodel.rtl.images import BITS, ENCODING, Job, write_images
 from stp_jax.quant.integer import integer_model
 from stp_jax.quant.nnx import Quantizer, product_hook, quantized_layers
 
@@ -32,7 +32,7 @@ def _quantizer(model: nnx.Module, layer: str) -> Quantizer:
         kinds = " or ".join(kind.__name__ for kind in _KINDS)
         raise ValueError(f"layer {layer!r} is a {type(module).__name__}; jobs are made of {kinds}")
     rule = quantizer.rule
-    if (rule.encoding, rule.bits) != ("naf", 8) or rule.activation_bits > 8:
+    if (rule.encoding, rule.bits) != (ENCODING, BITS) or rule.activation_bits > 8:
         raise ValueError(
             f"layer {layer!r}: the array takes NAF terms of 8-bit weights and 8-bit activations, "
             f"not {rule.encoding} of {rule.bits} bits and {rule.activation_bits} bits"
@@ -79,12 +79,6 @@ def _patches(lhs: jax.Array, rhs: jax.Array, strides, padding, **kwargs: Any) ->
     return by_channel.swapaxes(1, 2)
 
 
-def _fill_up(v: np.ndarray, group_size: int) -> np.ndarray:
-    """[n, outer, inner] → [n, K] with every inner run filled up to whole groups."""
-    missing = -v.shape[-1] % group_size
-    return np.pad(v, [(0, 0), (0, 0), (0, missing)]).reshape(len(v), -1)
-
-
 def layer_jobs(model: nnx.Module, layer: str, x: Any) -> list[Job]:
     """What a layer multiplies when the model runs on x, in integers: jobs for the array.
 
@@ -114,14 +108,13 @@ def layer_jobs(model: nnx.Module, layer: str, x: Any) -> list[Job]:
     weights = weights.reshape(-1, *weights.shape[-2:]).transpose(2, 0, 1)
     window_groups = weights.shape[2] == 1 and quantizer.axes.groups == tuple(range(kernel.ndim - 2))
 
+    layout = rule.format.layout((-1,))  # every window position starts anew
+
     def job(weights: np.ndarray, patches: np.ndarray) -> Job:
         if window_groups:
             weights, patches = weights.swapaxes(1, 2), patches.swapaxes(1, 2)
-        return Job(
-            weights=_fill_up(weights, rule.group_size),
-            activations=_fill_up(patches, rule.group_size),
-            budget=budget,
-        )
+        whole = [layout.pad(v).reshape(len(v), -1) for v in (weights, patches)]
+        return Job(weights=whole[0], activations=whole[1], budget=budget)
 
     pairs = zip(np.split(weights, groups), np.split(patches, groups, axis=2), strict=True)
     return [job(w, p) for w, p in pairs]

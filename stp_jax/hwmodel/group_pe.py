@@ -9,9 +9,8 @@ and Zhang, SC20).
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,9 +20,7 @@ from stp_jax.hwmodel.network import Network
 from stp_jax.hwmodel.numeric import (
     as_integer,
     as_real,
-    ceil_div,
     check_numbers,
-    layer_integers,
     smooth_maximum,
     smooth_minimum,
 )
@@ -37,15 +34,18 @@ from stp_jax.hwmodel.pes import (
     operand_register_bits,
 )
 from stp_jax.hwmodel.technology import Technology
-from stp_jax.hwmodel.term_histogram import GroupTerms, check_names, lookup, measure_terms
+from stp_jax.hwmodel.term_histogram import (
+    Grouping,
+    GroupTerms,
+    TermGroups,
+    check_names,
+    lookup,
+    measure_terms,
+)
+from stp_jax.terms.groups import ragged_size
+from stp_jax.terms.slots import SlotFormat, slot_format
 
-Grouping = Literal["flat", "channels"]
 Budgets = Mapping[str, Any] | Sequence[Any] | jax.typing.ArrayLike | None
-
-
-def encoder_entry(encoding: str) -> str | None:
-    """The energy entry of the parallel encoder; sign and magnitude (binary) need none."""
-    return None if encoding == "binary" else f"encode_{encoding}"
 
 
 @jax.tree_util.register_dataclass
@@ -66,9 +66,9 @@ class GroupPE(PE):
       grouping: ``flat`` cuts the reduction (row, column, channel) into groups whatever the channel
         count, ceil(K/g) groups; ``channels`` starts anew at each kernel position. They are the
         same where g divides the channels, and for depthwise convolutions, grouped over the window.
-      packed: weights are stored as k fixed slots a group of valid bit, sign, exponent and index,
-        ready to stream; otherwise as integers that encoders at the array's edge turn into terms, as
-        always for the products of two activations (``matmul`` layers whose weights are not given).
+      packed: weights are stored as k slots a group (`stp_jax.terms.slots`); otherwise as integers
+        that encoders at the array's edge turn into terms, as always for the products of two
+        activations (``matmul`` layers whose weights are not given).
 
     Raises:
       ValueError: group_size or bits not a positive integer, unknown encoding or grouping.
@@ -83,11 +83,17 @@ class GroupPE(PE):
     def __post_init__(self) -> None:
         """Checks encoding, grouping and, where they are concrete, the numbers."""
         check_numbers("GroupPE", group_size=self.group_size, bits=self.bits)
-        terms.num_digits(self.encoding, self.bits)  # raises where there is no such encoding
-        if self.grouping not in get_args(Grouping):
-            raise ValueError(
-                f"GroupPE: grouping must be one of {get_args(Grouping)}, got {self.grouping!r}"
-            )
+        _ = self.term_groups  # which checks the others
+
+    @property
+    def term_groups(self) -> TermGroups:
+        """The groups that share a budget, and how their terms are counted."""
+        return TermGroups(
+            group_size=self.group_size,
+            grouping=self.grouping,
+            encoding=self.encoding,
+            bits=self.bits,
+        )
 
     @property
     def max_budget(self) -> Any:
@@ -96,13 +102,7 @@ class GroupPE(PE):
 
     def reduction_steps(self, network: Network, xp: Any) -> Any:
         """Groups along the reduction."""
-        size = as_integer(self.group_size, xp, "group_size")
-        flat = ceil_div(layer_integers(network, "K", xp), size)
-        if self.grouping == "flat":
-            return flat
-        channels = layer_integers(network, "group_channels", xp)
-        windowed = layer_integers(network, "window", xp) * ceil_div(channels, size)
-        return xp.where(channels == 1, flat, windowed)
+        return self.term_groups.along_reduction(network, xp)
 
     def nominal_macs(self, budget: Any = None) -> Any:
         """g multiplications in k cycles."""
@@ -118,13 +118,9 @@ class GroupPE(PE):
         lane, eight = (technology.area_um2[name] for name in ("term_lane", "group_pe_8"))
         return lane + (eight - lane) / 7 * (self.group_size - 1)
 
-    def slot_bits(self, xp: Any) -> Any:
-        """Bits of one term on its way through the array: valid, sign, exponent, index.
-
-        Integers of magnitude up to 2**(bits - 1) have no exponent above bits - 1.
-        """
-        exponent_bits = math.ceil(math.log2(self.bits))
-        return 2.0 + exponent_bits + xp.ceil(xp.log2(as_real(self.group_size, xp)))
+    def slot_format(self, budgets: Any, xp: Any = np) -> SlotFormat:
+        """The slots of groups with these budgets, in real numbers: stored, and on the wires."""
+        return slot_format(as_real(self.group_size, xp), as_real(budgets, xp), self.bits)
 
     def profile(self, work: Workload, xp: Any) -> Profile:
         """A step takes k cycles; the events are those of the terms that the weights hold."""
@@ -132,7 +128,7 @@ class GroupPE(PE):
         statistics = work.weights
         if not isinstance(statistics, GroupTerms):
             statistics = measure_terms(network, statistics, self)
-        statistics.check(self, network)
+        statistics.check(self.term_groups, network)
         k = resolve_budgets(network, self, work.budgets, statistics, xp)
         if xp is np:
             _check_budgets(network, self, k, statistics, relaxed=work.smoothing > 0.0)
@@ -142,7 +138,7 @@ class GroupPE(PE):
         full = self._full_terms(network, k, folding, xp, work.smoothing)
         added = xp.where(known, held, full) * folding.P
         empty = xp.where(known, empty, xp.where(k > 0.0, 0.0, groups))
-        slot_bits = groups * k * self.slot_bits(xp)
+        slot = self.slot_format(k, xp)
         weight_bits = xp.full_like(k, float(self.bits))
         # Nothing packs the second operand of a product of activations, which is computed at run
         # time; weights that are given for such a layer are known beforehand.
@@ -150,7 +146,9 @@ class GroupPE(PE):
         packed = self.packed & ~((kinds == "matmul") & ~statistics.measured)
         if packed.any():
             words = folding.groups * folding.K * folding.M
-            weight_bits = xp.where(xp.asarray(packed), slot_bits / words, weight_bits)
+            weight_bits = xp.where(
+                xp.asarray(packed), groups * k * slot.stored_bits / words, weight_bits
+            )
         return Profile(
             cycles=folding.folds * folding.steps * smooth_maximum(k, 1.0, work.smoothing, xp),
             busy=groups * k * folding.P,
@@ -160,10 +158,10 @@ class GroupPE(PE):
             + operand_register_bits(
                 folding,
                 as_real(self.group_size, xp),
-                slot_bits * folding.P,
-                k * self.slot_bits(xp),
+                groups * k * slot.wire_bits * folding.P,
+                k * slot.wire_bits,
             ),
-            encoder=None if packed.all() else encoder_entry(self.encoding),
+            encoder=None if packed.all() else terms.ENCODINGS[self.encoding].encoder,
             encoded_share=as_real(~packed, xp),
             weight_bits=weight_bits,
             selections=added * self._multiplexers(xp),
@@ -174,19 +172,11 @@ class GroupPE(PE):
         """Two-input multiplexers that select one of g activations; an estimate of the wiring."""
         return ACTIVATION_BITS * (as_real(self.group_size, xp) - 1.0)
 
-    def _extent(self, network: Network, xp: Any) -> Any:
-        """Weights among which groups are cut, integers of shape (layers,)."""
-        whole = layer_integers(network, "K", xp)
-        if self.grouping == "flat":
-            return whole
-        channels = layer_integers(network, "group_channels", xp)
-        return xp.where(channels == 1, whole, channels)
-
     def _layer_limits(self, network: Network, xp: Any) -> Any:
         """The most terms that a group of any integers needs, by layer."""
         most = terms.max_terms(self.encoding, self.bits)
         size = as_integer(self.group_size, xp, "group_size")
-        return as_real(xp.minimum(self._extent(network, xp), size) * most, xp)
+        return as_real(xp.minimum(self.term_groups.extents(network, xp), size) * most, xp)
 
     def _full_terms(self, network: Network, k: Any, folding: Any, xp: Any, smoothing: float) -> Any:
         """Terms of a layer whose groups hold k, or all that they can: a ragged one may hold less.
@@ -195,8 +185,8 @@ class GroupPE(PE):
           Real vector over layers, of all products and filters.
         """
         size = as_integer(self.group_size, xp, "group_size")
-        extent = self._extent(network, xp)
-        rest = as_real(extent % size, xp)
+        extent = self.term_groups.extents(network, xp)
+        rest = as_real(ragged_size(extent, size), xp)
         pieces = folding.K / as_real(extent, xp)  # window positions, if groups start anew there
         most = terms.max_terms(self.encoding, self.bits)
         ragged = smooth_minimum(k, rest * most, smoothing, xp)

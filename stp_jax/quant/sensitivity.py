@@ -12,7 +12,6 @@ from flax import nnx
 
 from stp_jax.quant.nnx import QuantizedLayer, quantized_layers
 from stp_jax.terms.projection import error_curve
-from stp_jax.terms.quantizers import merge_axes
 
 
 def squared_gradients(
@@ -71,9 +70,8 @@ def group_counts(model: nnx.Module) -> dict[str, int]:
     """
     counts = {}
     for path, quantized in _single_layers(model).items():
-        shape, axis = merge_axes(quantized.kernel.shape, quantized.quantizer.axes.groups)
-        along = -(-shape[axis] // quantized.quantizer.rule.group_size)
-        counts[path] = along * int(np.prod(shape)) // shape[axis]
+        layout = quantized.quantizer.rule.format.layout(quantized.quantizer.axes.groups)
+        counts[path] = layout.count(quantized.kernel.shape)
     return counts
 
 
@@ -102,9 +100,9 @@ def error_curves(
     for path, quantized in layers.items():
         quantizer, kernel = quantized.quantizer, quantized.kernel
         rule = quantizer.rule
-        if rule.encoding != "naf" or rule.method != "optimal":
+        if not rule.format.has_error_curve:
             raise ValueError(f"layer {path!r}: error curves are for encoding naf, method optimal")
-        shape, axis = merge_axes(kernel.shape, quantizer.axes.groups)
+        shape, axis = rule.format.layout(quantizer.axes.groups).merged(kernel.shape)
         scale = quantizer.kernel_scale(kernel)
         weights = jnp.broadcast_to(scale**2, kernel.shape)
         if importance is not None:
