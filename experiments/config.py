@@ -13,12 +13,12 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from stp_jax.data import AUGMENTATIONS
 from stp_jax.models import MODELS, model_options
 from stp_jax.quant.allocation import Resource
-from stp_jax.terms import Encoding, Method, max_budget
+from stp_jax.terms import ENCODINGS, Encoding, Method, max_budget
 
 
 class ConfigError(ValueError):
@@ -156,7 +156,11 @@ def _check(c: Config) -> None:
         "terms_per_weight",
         f"from {1 / c.group_size:g} (one term per group) to {most / c.group_size:g}",
     )
-    if c.budget is None and c.budgets is None and (c.encoding != "naf" or c.method != "optimal"):
+    if (
+        c.budget is None
+        and c.budgets is None
+        and not (ENCODINGS[c.encoding].convex and c.method == "optimal")
+    ):
         raise ConfigError(
             "budgets are allocated for encoding=naf and method=optimal only; set budget or budgets"
         )
@@ -204,7 +208,7 @@ def _check_model_options(c: Config) -> None:
 
 def check_choices(config: Any) -> None:
     """Raises ConfigError if a field whose type names its values holds another one."""
-    hints = typing.get_type_hints(type(config))
+    hints = typing.get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
         named, value = choices(hints[field.name]), getattr(config, field.name)
         if named and value not in named:
@@ -214,7 +218,12 @@ def check_choices(config: Any) -> None:
 
 
 def choices(hint: Any) -> tuple[Any, ...]:
-    """The values that a Literal type, or an optional one, admits; () for other types."""
+    """The values that a Literal type, a registry's key, or an optional one admits; () for others.
+
+    A registry's key is ``Annotated[str, registry]``, as `stp_jax.terms.Encoding` is.
+    """
+    if typing.get_origin(hint) is Annotated:
+        return tuple(hint.__metadata__[0])
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         named = tuple(choice for part in typing.get_args(hint) for choice in choices(part))
         return (*named, None) if named else ()

@@ -33,7 +33,7 @@ def _describe_keys(exp: str | None) -> str:
     known = exp in configs.names()
     config = configs.load(str(exp)).CONFIG if known else Config()
     whose = exp if known else "training runs (add --exp=NAME for those of NAME)"
-    lines, hints = [f"keys of {whose}:"], typing.get_type_hints(type(config))
+    lines, hints = [f"keys of {whose}:"], typing.get_type_hints(type(config), include_extras=True)
     for heading, keys in config_sections(type(config)).items():
         lines += ["", f"  {heading}"] if heading else [""]
         for key in keys:

@@ -26,7 +26,6 @@ from experiments.comparison import numbers, parse_base
 from experiments.config import ConfigError
 from experiments.runtime.log import write_json
 from stp_jax.terms import project
-from stp_jax.terms.quantizers import merge_axes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +63,7 @@ def _weigh(model: nnx.Module, importance: Mapping[str, Any]) -> None:
             continue
         kernel, weights = layer.kernel, importance[path]
         scale = layer.scale
-        shape, axis = merge_axes(kernel.shape, axes)
+        shape, axis = rule.format.layout(axes).merged(kernel.shape)
         integers = project(
             (kernel / scale).reshape(shape),
             group_size=rule.group_size,

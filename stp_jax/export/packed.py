@@ -29,7 +29,6 @@ from stp_jax.quant.policy import Policy, Rule
 from stp_jax.quant.sensitivity import group_counts
 from stp_jax.terms import PackedTerms, pack, unpack
 from stp_jax.terms.packing import slot_format
-from stp_jax.terms.quantizers import merge_axes
 
 FORMAT = "stp_jax.packed_terms"
 VERSION = 1
@@ -45,7 +44,7 @@ def _kernel_name(path: str, quantized: QuantizedLayer) -> str:
 
 def _is_stream(rule: Rule, budget: int) -> bool:
     """Whether a group's slots take fewer bits than its integers."""
-    slots = budget * slot_format(rule.group_size, budget, rule.bits).bits
+    slots = budget * slot_format(rule.group_size, budget, rule.bits).stored_bits
     return slots < rule.group_size * _integer_type(rule).itemsize * 8
 
 
@@ -56,7 +55,7 @@ def _integer_type(rule: Rule) -> np.dtype:
 def _pack(integers: np.ndarray, quantized: QuantizedLayer, budget: int) -> PackedTerms:
     """The kernel's stream; group axes of the kernel are merged into one, the stream's axis."""
     rule = quantized.rule
-    shape, axis = merge_axes(integers.shape, quantized.format.axes.groups)
+    shape, axis = rule.format.layout(quantized.format.axes.groups).merged(integers.shape)
     return pack(
         integers.reshape(shape),
         group_size=rule.group_size,
@@ -274,7 +273,7 @@ def packed_sizes(model: nnx.Module) -> PackedSizes:
         rule, budget, kernel = quantized.rule, int(quantized.budget), quantized.kernel
         scales = quantized.scale.nbytes + 4 * rule.stores_input_scale
         integers = kernel.size * _integer_type(rule).itemsize
-        slots = groups[path] * budget * slot_format(rule.group_size, budget, rule.bits).bits
+        slots = groups[path] * budget * slot_format(rule.group_size, budget, rule.bits).stored_bits
         stream = -(-slots // 8) if _is_stream(rule, budget) else integers
         sizes[path] = Size(4 * kernel.size, integers + scales, stream + scales)
     rest = sum(int(variable[...].nbytes) for variable in _float_variables(model).values())

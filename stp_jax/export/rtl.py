@@ -18,7 +18,7 @@ from flax import nnx
 
 from stp_jax import hooks
 from stp_jax.hooks import Hooks, KernelLayer
-from stp_jax.hwmodel.rtl.images import Job, write_images
+from stp_jax.hwmodel.rtl.images import BITS, ENCODING, Job, write_images
 from stp_jax.quant.integer import integer_model
 from stp_jax.quant.layers import QuantizedLayer, quantized_layers
 
@@ -34,7 +34,7 @@ def _find(model: Any, path: str) -> QuantizedLayer:
             "dense layers"
         )
     rule = quantized.rule
-    if (rule.encoding, rule.bits) != ("naf", 8) or rule.activation_bits > 8:
+    if (rule.encoding, rule.bits) != (ENCODING, BITS) or rule.activation_bits > 8:
         raise ValueError(
             f"layer {path!r}: the array takes NAF terms of 8-bit weights and 8-bit activations, "
             f"not {rule.encoding} of {rule.bits} bits and {rule.activation_bits} bits"
@@ -65,12 +65,6 @@ def _first_product(model: Any, path: str, x: Any) -> tuple[tuple, dict[str, Any]
     if not calls:
         raise ValueError(f"the model does not use layer {path!r} on this input")
     return calls[0]
-
-
-def _fill_up(v: np.ndarray, group_size: int) -> np.ndarray:
-    """[n, outer, inner] → [n, K] with every inner run filled up to whole groups."""
-    missing = -v.shape[-1] % group_size
-    return np.pad(v, [(0, 0), (0, 0), (0, missing)]).reshape(len(v), -1)
 
 
 def layer_jobs(model: Any, layer: str, x: Any) -> list[Job]:
@@ -106,14 +100,13 @@ def layer_jobs(model: Any, layer: str, x: Any) -> list[Job]:
         range(kernel.ndim - 2)
     )
 
+    layout = rule.format.layout((-1,))  # every window position starts anew
+
     def job(weights: np.ndarray, patches: np.ndarray) -> Job:
         if window_groups:
             weights, patches = weights.swapaxes(1, 2), patches.swapaxes(1, 2)
-        return Job(
-            weights=_fill_up(weights, rule.group_size),
-            activations=_fill_up(patches, rule.group_size),
-            budget=budget,
-        )
+        whole = [layout.pad(v).reshape(len(v), -1) for v in (weights, patches)]
+        return Job(weights=whole[0], activations=whole[1], budget=budget)
 
     pairs = zip(np.split(weights, groups), np.split(patches, groups, axis=2), strict=True)
     return [job(w, p) for w, p in pairs]

@@ -47,7 +47,8 @@ from stp_jax.hwmodel.pes import (
     refuse_budgets,
 )
 from stp_jax.hwmodel.technology import Technology
-from stp_jax.hwmodel.term_histogram import check_names, lookup, term_counts
+from stp_jax.hwmodel.term_histogram import check_names, lookup
+from stp_jax.terms import count_table
 
 WEIGHT_BITS = 8
 _SUBGROUP = 8  # of BitVert's lanes, sec. IV-A of its paper
@@ -287,7 +288,7 @@ class Laconic(DigitSerial):
 
     def steps(self, layer: Layer, work: Workload) -> Iterable[Steps]:
         """Products of the two operands' term counts."""
-        counts = term_counts("booth4", 1 + ACTIVATION_BITS).astype(np.uint8)
+        counts = count_table("booth4", 1 + ACTIVATION_BITS).astype(np.uint8)
         zero = 1 << ACTIVATION_BITS  # where the table has the count of 0
         products = zip(_weights(layer, work, self), _patches(layer, work, self), strict=True)
         for weights, patches in products:

@@ -14,9 +14,10 @@ from typing import Literal
 import pandas as pd
 
 from stp_jax.hwmodel.arrays import Array
-from stp_jax.hwmodel.group_pe import GroupPE, encoder_entry
+from stp_jax.hwmodel.group_pe import GroupPE
 from stp_jax.hwmodel.numbers import Real
 from stp_jax.hwmodel.technology import HOROWITZ_45NM, Technology
+from stp_jax.terms import ENCODINGS
 
 EncoderKind = Literal["naf", "booth2", "booth4"]
 LATENCY_CYCLES = 1
@@ -54,7 +55,7 @@ def edge_encoders(
     """
     if not isinstance(array.pe, GroupPE):
         raise ValueError(f"{type(array.pe).__name__} takes no encoded terms")
-    entry = encoder_entry(array.pe.encoding) if kind is None else f"encode_{kind}"
+    entry = ENCODINGS[array.pe.encoding].encoder if kind is None else f"encode_{kind}"
     if entry is None or (kind is None and array.pe.packed):
         return None
     technology.require([entry])

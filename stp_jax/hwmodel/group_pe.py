@@ -9,9 +9,7 @@ and Zhang, SC20).
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from typing import Literal, get_args
 
 import jax
 import numpy as np
@@ -24,7 +22,6 @@ from stp_jax.hwmodel.numbers import (
     Real,
     Vector,
     as_real,
-    ceil_div,
     check_numbers,
     namespace_of,
 )
@@ -39,14 +36,16 @@ from stp_jax.hwmodel.pes import (
 )
 from stp_jax.hwmodel.smoothing import smooth_maximum, smooth_minimum
 from stp_jax.hwmodel.technology import Technology
-from stp_jax.hwmodel.term_histogram import GroupTerms, check_names, lookup, measure_terms
-
-Grouping = Literal["flat", "channels"]
-
-
-def encoder_entry(encoding: str) -> str | None:
-    """The energy entry of the parallel encoder; sign and magnitude (binary) need none."""
-    return None if encoding == "binary" else f"encode_{encoding}"
+from stp_jax.hwmodel.term_histogram import (
+    Grouping,
+    GroupTerms,
+    TermGroups,
+    check_names,
+    lookup,
+    measure_terms,
+)
+from stp_jax.terms.groups import ragged_size
+from stp_jax.terms.slots import SlotFormat, slot_format
 
 
 @jax.tree_util.register_dataclass
@@ -67,9 +66,9 @@ class GroupPE(PE):
       grouping: ``flat`` cuts the reduction (row, column, channel) into groups whatever the channel
         count, ceil(K/g) groups; ``channels`` starts anew at each kernel position. They are the
         same where g divides the channels, and for depthwise convolutions, grouped over the window.
-      packed: weights are stored as k fixed slots a group of valid bit, sign, exponent and index,
-        ready to stream; otherwise as integers that encoders at the array's edge turn into terms, as
-        always for the products of two activations (``matmul`` layers whose weights are not given).
+      packed: weights are stored as k slots a group (`stp_jax.terms.slots`); otherwise as integers
+        that encoders at the array's edge turn into terms, as always for the products of two
+        activations (``matmul`` layers whose weights are not given).
 
     Raises:
       ValueError: group_size or bits not a positive integer, unknown encoding or grouping.
@@ -84,11 +83,17 @@ class GroupPE(PE):
     def __post_init__(self) -> None:
         """Checks encoding, grouping and, where they are concrete, the numbers."""
         check_numbers("GroupPE", group_size=self.group_size, bits=self.bits)
-        terms.num_digits(self.encoding, self.bits)  # raises where there is no such encoding
-        if self.grouping not in get_args(Grouping):
-            raise ValueError(
-                f"GroupPE: grouping must be one of {get_args(Grouping)}, got {self.grouping!r}"
-            )
+        _ = self.term_groups  # which checks the others
+
+    @property
+    def term_groups(self) -> TermGroups:
+        """The groups that share a budget, and how their terms are counted."""
+        return TermGroups(
+            group_size=self.group_size,
+            grouping=self.grouping,
+            encoding=self.encoding,
+            bits=self.bits,
+        )
 
     @property
     def max_budget(self) -> Real:
@@ -97,12 +102,7 @@ class GroupPE(PE):
 
     def reduction_steps(self, extents: Extents) -> Vector:
         """Groups along the reduction."""
-        flat = ceil_div(extents.K, self.group_size)
-        if self.grouping == "flat":
-            return flat
-        channels = extents.group_channels
-        windowed = extents.window * ceil_div(channels, self.group_size)
-        return namespace_of(flat).where(channels == 1, flat, windowed)
+        return self.term_groups.along_reduction(extents)
 
     def nominal_macs(self, budget: Real | None = None) -> Real:
         """g multiplications in k cycles."""
@@ -118,14 +118,10 @@ class GroupPE(PE):
         lane, eight = (technology.area_um2[name] for name in ("term_lane", "group_pe_8"))
         return lane + (eight - lane) / 7 * (self.group_size - 1)
 
-    def slot_bits(self) -> Real:
-        """Bits of one term on its way through the array: valid, sign, exponent, index.
-
-        Integers of magnitude up to 2**(bits - 1) have no exponent above bits - 1.
-        """
-        exponent_bits = math.ceil(math.log2(self.bits))
-        xp = namespace_of(self.group_size)
-        return 2.0 + exponent_bits + xp.ceil(xp.log2(as_real(self.group_size, xp)))
+    def slot_format(self, budgets: Real) -> SlotFormat:
+        """The slots of groups with these budgets, in real numbers: stored, and on the wires."""
+        xp = namespace_of(self.group_size, budgets)
+        return slot_format(as_real(self.group_size, xp), as_real(budgets, xp), self.bits)
 
     def activity(self, work: Workload) -> Activity:
         """A step takes k cycles; the events are those of the terms that the weights hold."""
@@ -134,7 +130,7 @@ class GroupPE(PE):
         statistics = work.weights
         if not isinstance(statistics, GroupTerms):
             statistics = measure_terms(network, statistics, self)
-        statistics.check(self, network)
+        statistics.check(self.term_groups, network)
         k = resolve_budgets(work, self, statistics)
         if isinstance(k, np.ndarray):
             _check_budgets(network, self, k, statistics, relaxed=work.smoothing > 0.0)
@@ -145,8 +141,7 @@ class GroupPE(PE):
         added = xp.where(known, held, full) * folding.P
         empty = xp.where(known, empty, xp.where(k > 0.0, 0.0, groups))
         group_size = as_real(self.group_size, xp)
-        slot = as_real(self.slot_bits(), xp)
-        slot_bits = groups * k * slot
+        slot = self.slot_format(k)
         weight_bits: Real = float(self.bits)
         # Nothing packs the second operand of a product of activations, which is computed at run
         # time; weights that are given for such a layer are known beforehand.
@@ -154,15 +149,22 @@ class GroupPE(PE):
         packed = self.packed & ~((kinds == "matmul") & ~statistics.measured)
         if packed.any():
             words = folding.groups * folding.K * folding.M
-            weight_bits = xp.where(xp.asarray(packed), slot_bits / words, weight_bits)
+            weight_bits = xp.where(
+                xp.asarray(packed), groups * k * slot.stored_bits / words, weight_bits
+            )
         return Activity(
             cycles=folding.folds * folding.steps * smooth_maximum(k, 1.0, work.smoothing),
             busy=groups * k * folding.P,
             terms=added,
             events={"int8_shift": added, "int32_add": added},
             register_bits=(added + empty * folding.P) * ACCUMULATOR_BITS
-            + operand_register_bits(folding, group_size, slot_bits * folding.P, k * slot),
-            encoder=None if packed.all() else encoder_entry(self.encoding),
+            + operand_register_bits(
+                folding,
+                group_size,
+                groups * k * slot.wire_bits * folding.P,
+                k * slot.wire_bits,
+            ),
+            encoder=None if packed.all() else terms.ENCODINGS[self.encoding].encoder,
             encoded_share=as_real(~packed, xp),
             weight_bits=weight_bits,
             # Two-input multiplexers that select one of g activations; an estimate of the wiring.
@@ -170,18 +172,11 @@ class GroupPE(PE):
             budgets=k,
         )
 
-    def _extent(self, extents: Extents) -> np.ndarray:
-        """Weights among which groups are cut, integers of shape (layers,)."""
-        channels = extents.group_channels
-        if self.grouping == "flat":
-            return extents.K
-        return np.where(channels == 1, extents.K, channels)
-
     def _layer_limits(self, extents: Extents) -> Vector:
         """The most terms that a group of any integers needs, integers of shape (layers,)."""
         most = terms.max_terms(self.encoding, self.bits)
         size = self.group_size
-        return namespace_of(size).minimum(self._extent(extents), size) * most
+        return namespace_of(size).minimum(self.term_groups.extents(extents), size) * most
 
     def _full_terms(self, k: Vector, folding: Folding, smoothing: float) -> Vector:
         """Terms of a layer whose groups hold k, or all that they can: a ragged one may hold less.
@@ -191,8 +186,8 @@ class GroupPE(PE):
         """
         xp = namespace_of(folding.K)
         size = self.group_size
-        extent = self._extent(folding.extents)
-        rest = as_real(extent % size, xp)
+        extent = self.term_groups.extents(folding.extents)
+        rest = as_real(ragged_size(extent, size), xp)
         pieces = folding.K / as_real(extent, xp)  # window positions, if groups start anew there
         most = terms.max_terms(self.encoding, self.bits)
         ragged = smooth_minimum(k, rest * most, smoothing)

@@ -21,6 +21,7 @@ from stp_jax.quant.budgets import set_budgets
 from stp_jax.quant.calibration import call_model, check_batches, search_weight_scales
 from stp_jax.quant.layers import quantized_layers
 from stp_jax.terms.compensation import project_compensated
+from stp_jax.terms.groups import GroupLayout
 
 
 def _takes_part(layer: KernelLayer) -> bool:
@@ -68,14 +69,6 @@ def _gram_matrices(
     if total is None:
         raise ValueError("compensation needs at least one batch of inputs")
     return total
-
-
-def _grouped(x: np.ndarray | jax.Array, lead: int, size: int) -> jax.Array:
-    """Pads the second axis of [lead, inputs, …] to whole groups and merges it with the first."""
-    x = jnp.asarray(x).reshape(lead, -1, *x.shape[1:])
-    pad = -x.shape[1] % size
-    x = jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)))
-    return x.reshape(-1, *x.shape[2:])
 
 
 def compensate(
@@ -126,9 +119,14 @@ def compensate(
     for path, gram in grams.items():
         layer = layers[path]
         fmt, kernel = layer.rule.format, layer.kernel
-        inputs, outputs = kernel.shape[-2:]
+        outputs = kernel.shape[-1]
         lead, size = int(np.prod(kernel.shape[:-2])), fmt.group_size
-        whole = lambda x, lead=lead, size=size: _grouped(x, lead, size)  # noqa: E731
+        layout = fmt.layout((-2,))  # along a position's input channels
+
+        def whole(x: jax.Array, lead: int = lead, layout: GroupLayout = layout) -> jax.Array:
+            """Rows [lead * inputs, n] with each run of inputs filled up to whole groups."""
+            return layout.pad(x.reshape(lead, -1, x.shape[-1])).reshape(-1, x.shape[-1])
+
         scale = layer.scale
         padded = whole(kernel.reshape(-1, outputs))
         integers = project_compensated(
@@ -139,7 +137,7 @@ def compensate(
             fmt=fmt,
             damping=damping,
         )
-        kept = integers.reshape(lead, -1, outputs)[:, :inputs].reshape(kernel.shape)
+        kept = layout.join(integers, kernel.shape)
         new = (scale * kept.astype(scale.dtype)).astype(kernel.dtype)
         error = _output_error(gram, new - kernel)
         plain = _output_error(gram, layer.projected() - kernel)

@@ -12,7 +12,6 @@ import numpy as np
 from stp_jax import hooks
 from stp_jax.quant.layers import QuantizedLayer, quantized_layers
 from stp_jax.terms.projection import error_curve
-from stp_jax.terms.quantizers import merge_axes
 
 
 def squared_gradients(
@@ -70,9 +69,8 @@ def group_counts(model: Any) -> dict[str, int]:
     """
     counts = {}
     for path, quantized in _single_layers(model).items():
-        shape, axis = merge_axes(quantized.kernel.shape, quantized.format.axes.groups)
-        along = -(-shape[axis] // quantized.rule.group_size)
-        counts[path] = along * int(np.prod(shape)) // shape[axis]
+        layout = quantized.rule.format.layout(quantized.format.axes.groups)
+        counts[path] = layout.count(quantized.kernel.shape)
     return counts
 
 
@@ -100,9 +98,9 @@ def error_curves(
         raise ValueError(f"importance lacks the layers {', '.join(missing)}")
     for path, quantized in layers.items():
         rule, kernel = quantized.rule, quantized.kernel
-        if rule.encoding != "naf" or rule.method != "optimal":
+        if not rule.format.has_error_curve:
             raise ValueError(f"layer {path!r}: error curves are for encoding naf, method optimal")
-        shape, axis = merge_axes(kernel.shape, quantized.format.axes.groups)
+        shape, axis = rule.format.layout(quantized.format.axes.groups).merged(kernel.shape)
         scale = quantized.scale
         weights = jnp.broadcast_to(scale**2, kernel.shape)
         if importance is not None:

@@ -9,7 +9,7 @@ from flax import nnx
 import stp_jax
 from stp_jax.export.rtl import layer_jobs, write_layer_images
 from stp_jax.hwmodel.rtl import icarus_available, simulate_array
-from stp_jax.hwmodel.rtl.images import pack_terms
+from stp_jax.hwmodel.rtl.images import wire_slots
 
 
 class Small(nnx.Module):
@@ -78,7 +78,7 @@ def test_groups_are_those_of_training(layer):
     """Every group of consecutive weights fits the slots, which other groupings would not."""
     model = small()
     for job in layer_jobs(model, layer, X):
-        pack_terms(job.weights.reshape(-1, 8), job.budget)
+        wire_slots(job.weights.reshape(-1, 8), job.budget)
 
 
 @pytest.mark.skipif(not icarus_available(), reason="Icarus Verilog is not installed")
@@ -93,7 +93,7 @@ def test_the_array_computes_a_trained_layer():
 def test_images_are_written(at_edge, tmp_path):
     folder = tmp_path / "new" / "images"
     words = write_layer_images(small(), "fc", X, folder, rows=2, cols=2, encode_at_edge=at_edge)
-    name, parameter = ("weights", "WEIGHT_WORDS") if at_edge else ("terms", "TERM_WORDS")
+    name, parameter = ("weights", "WEIGHT_WORDS") if at_edge else ("wire_slots", "SLOT_WORDS")
     lines = (folder / f"{name}.hex").read_text().split()
     groups = 2 * 5 * 2  # two row folds of two rows, five filters
     assert len(lines) == words[parameter] == groups * (1 if at_edge else 6)

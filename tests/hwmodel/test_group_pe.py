@@ -117,9 +117,28 @@ def test_packed_terms_are_smaller_than_bytes_at_few_terms():
     assert dram(True, 4) < dram(False, 4) < dram(True, 16)
 
 
-def test_a_packed_term_takes_a_byte_at_eight_activations():
+@pytest.mark.parametrize("bits", [5, 8])
+@pytest.mark.parametrize("group_size", [1, 6, 8, 16])
+def test_packed_weights_take_the_memory_of_their_stream(group_size, bits):
+    """DRAM reads what `terms.pack` writes, budget by budget, a single slot's marker included."""
+    network = hwmodel.Network((hwmodel.dense("fc", 4 * group_size, 3),))
+
+    def dram_bits(k, **options):
+        pe = hwmodel.GroupPE(group_size=group_size, bits=bits, **options)
+        report = hwmodel.evaluate(network, hwmodel.Array(rows=2, cols=2, pe=pe), budgets=k)
+        return 8 * report.dram_bytes[0]
+
+    zeros = np.zeros((4 * group_size, 3), int)
+    for k in (1, 2, 3):
+        stream = terms.pack(zeros, group_size=group_size, budget=k, axis=0, bits=bits)
+        moved = dram_bits(k, packed=True) - dram_bits(k)
+        assert moved == pytest.approx((stream.bits_per_weight - bits) * zeros.size)
+
+
+def test_a_slot_travels_with_a_valid_bit():
+    form = hwmodel.GroupPE(group_size=8).slot_format(8)
     # Valid, sign, exponents 0 to 7, index 0 to 7: at k = g as many bits as int8.
-    assert hwmodel.GroupPE(group_size=8).slot_bits() == 8
+    assert (form.stored_bits, form.wire_bits) == (7, 8)
 
 
 DENSE = hwmodel.dense("d", 12, 6)
