@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
+from stp_jax.cost import Resource
 from stp_jax.data import AUGMENTATIONS
 from stp_jax.models import MODELS, model_options
-from stp_jax.quant.allocation import Resource
 from stp_jax.terms import ENCODINGS, Encoding, Method, max_budget
 
 

@@ -215,15 +215,15 @@ def check_model(context: Context) -> None:
 
 
 def make_policy(config: Config, model: nnx.Module) -> stp_jax.Policy:
-    """Int8 in the layers that the model spares, or that are named; group budgets elsewhere."""
-    return models.default_policy(
+    """Int8 in the layers that the model exempts, or that are named; group budgets elsewhere."""
+    return stp_jax.default_policy(
         model,
         budget=config.max_budget,
         group_size=config.group_size,
         encoding=config.encoding,
         method=config.method,
         activation_bits=config.activation_bits,
-        all_terms=config.int8_layers,
+        exempt=config.int8_layers,
     )
 
 

@@ -383,22 +383,15 @@ def choose_budgets(context: Context, model: nnx.Module) -> dict[str, int]:
         return dict.fromkeys(layers, c.budget)
     weighted = c.error_weighting == "gradients"
     importance = squared_gradients(context, model) if weighted else None
-    return stp_jax.allocate(
-        model,
-        c.terms_per_weight,
-        per=c.allocate_for,
-        importance=importance,
-        example=context.example_input(),
-        array=_array(c),
+    costs = stp_jax.term_costs(
+        model, context.example_input(), per=c.allocate_for, array=_array(c, model)
     )
+    return stp_jax.allocate(model, c.terms_per_weight, costs=costs, importance=importance)
 
 
-def _array(config: Config) -> hwmodel.Array:
-    """The array of group PEs; the trained groups follow the channels of one window position."""
-    pe = hwmodel.GroupPE(
-        group_size=config.group_size, encoding=config.encoding, grouping="channels"
-    )
-    return hwmodel.Array(rows=config.rows, cols=config.cols, pe=pe)
+def _array(config: Config, model: nnx.Module) -> hwmodel.Array:
+    """The array of group PEs that runs the model."""
+    return hwmodel.Array(rows=config.rows, cols=config.cols, pe=stp_jax.group_pe(model))
 
 
 def energy_price(context: Context, model: nnx.Module) -> Callable[[nnx.Module], tuple]:
@@ -408,7 +401,7 @@ def energy_price(context: Context, model: nnx.Module) -> Callable[[nnx.Module], 
     what the whole budgets that the model holds now take.
     """
     c = context.config
-    network, array = hwmodel.trace(model, context.example_input()), _array(c)
+    network, array = hwmodel.trace(model, context.example_input()), _array(c, model)
 
     @jax.jit
     def energy(budgets: Mapping[str, jax.Array]) -> jax.Array:
@@ -435,9 +428,7 @@ def train_budgets(
       The model with its budgets set, and those.
     """
     c = context.config
-    costs = stp_jax.term_costs(
-        model, per="energy", example=context.example_input(), array=_array(c)
-    )
+    costs = stp_jax.term_costs(model, context.example_input(), per="energy", array=_array(c, model))
     price = energy_price(context, model)
     stp_jax.relax_budgets(model)
     stage = Stage("budgeted", 3, c.budgeted_epochs, c.retrain_lr, c.distill, price=price)

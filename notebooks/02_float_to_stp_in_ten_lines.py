@@ -126,18 +126,9 @@ plt.show()
 # Layer shapes are traced from the model, terms are counted in its trained integers.
 
 # %%
-network = hwmodel.trace(stp, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32))
-pe = hwmodel.GroupPE(group_size=8, grouping="channels")
-reports = {
-    "int8 multiply-accumulate": hwmodel.evaluate(network, hwmodel.Array(rows=16, cols=16)),
-    "group PE": hwmodel.evaluate(
-        network,
-        hwmodel.Array(rows=16, cols=16, pe=pe),
-        budgets=stp_jax.budgets(stp),
-        weights=weights,
-    ),
-}
-saving = hwmodel.computational_saving(*reports.values())
+cost = stp_jax.evaluate_model(stp, jnp.zeros((1, 8, 8, 1)), rows=16, cols=16)
+reports = {"int8 multiply-accumulate": cost.baseline, "group PE": cost.report}
+saving = cost.saving
 fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
 hwmodel.plot_energy(ax, reports, components=("array", "encoder", "registers", "sram"))
 ax.set_title(f"energy per image, 45 nm; array energy {saving:.2f} times lower")

@@ -22,7 +22,6 @@
 # the method is worth. Full-size comparisons belong to `experiments`.
 
 # %%
-import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
@@ -31,7 +30,7 @@ import pandas as pd
 from flax import nnx
 
 import stp_jax
-from stp_jax import data, hwmodel, terms
+from stp_jax import data, terms
 
 digits = data.load("digits")
 (test,) = data.eval_batches(digits, batch_size=360)
@@ -123,23 +122,17 @@ plt.show()
 # A 16×16 input-stationary array at 45 nm. Array energy is that of shifts and additions, or of
 # multiplications and additions for the int8 baseline; memory is the same for all and left out here.
 
+
 # %%
-network = hwmodel.trace(start, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32))
-baseline = hwmodel.evaluate(network, hwmodel.Array(rows=16, cols=16))
-pe = hwmodel.GroupPE(group_size=8, grouping="channels")
-
-
 def energy_nj(report):
     return 1e-3 * report.energy_pj["array"].sum()
 
 
 def hardware(model):
-    return hwmodel.evaluate(
-        network,
-        hwmodel.Array(rows=16, cols=16, pe=pe),
-        budgets=stp_jax.budgets(model),
-        weights=stp_jax.integer_weights(model),
-    )
+    return stp_jax.evaluate_model(model, jnp.zeros((1, 8, 8, 1)), rows=16, cols=16)
+
+
+baseline = hardware(start).baseline
 
 
 # %% [markdown]
@@ -149,13 +142,11 @@ def hardware(model):
 # that is used at many positions costs more energy; the allocation pays by use.
 
 # %%
-uses = {layer.name: layer.P for layer in network}
-costs = {name: groups[name] * uses[name] for name in layers}
+costs = stp_jax.term_costs(start, jnp.zeros((1, 8, 8, 1)), per="energy")
 
 
 def allocated(mean):
-    total = mean * 8 * sum(costs.values())
-    return terms.allocate_budgets({name: curves[name] for name in layers}, costs, total)
+    return terms.allocate_budgets({name: curves[name] for name in layers}, costs, mean)
 
 
 retraining = optimizer_for(60, lr=0.02)  # the same object in every run, so one compiled step

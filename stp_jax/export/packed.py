@@ -203,7 +203,7 @@ def load_packed(model: Model, path: str | Path) -> Model:
     >>> import stp_jax, tempfile
     >>> from stp_jax import models
     >>> float_model = models.create("mlp", num_classes=3, rngs=nnx.Rngs(0), in_features=4)
-    >>> model = stp_jax.quantize(float_model, models.default_policy(float_model, budget=6))
+    >>> model = stp_jax.quantize(float_model, stp_jax.default_policy(float_model, budget=6))
     >>> with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
     ...     save_packed(model, file.name)
     ...     again = load_packed(float_model, file.name)

@@ -37,7 +37,7 @@ def quantized(model, x, **options):
     model.train()
     for _ in range(30):  # the running statistics keep 0.9 of themselves a step
         logits(model, x)
-    model = stp_jax.quantize(model, models.default_policy(model, **{"budget": 6} | options))
+    model = stp_jax.quantize(model, stp_jax.default_policy(model, **{"budget": 6} | options))
     model.eval()
     stp_jax.calibrate(model, [x])
     return model

@@ -19,6 +19,7 @@ from stp_jax.hwmodel.network import Layer
 from stp_jax.hwmodel.readers import products
 from stp_jax.hwmodel.readers.products import Shape
 
+ROOT = "model"  # the name of a layer that is the whole model
 Describe = Callable[[Shape, Shape, Shape], Layer]  # from the shapes of operands and result
 
 
@@ -96,7 +97,7 @@ def linen_einsums(observer: Observer) -> contextlib.AbstractContextManager[None]
 
 
 def _name(path: str) -> str:
-    return path or "model"
+    return path or ROOT
 
 
 # Positional arguments of jax.lax.conv_general_dilated after the padding.
