@@ -102,8 +102,8 @@ def evaluate_model(
     >>> model = nnx.Linear(64, 32, rngs=nnx.Rngs(0))
     >>> model = stp_jax.quantize(model, stp_jax.Policy([stp_jax.Rule(path=".*", budget=4)]))
     >>> cost = stp_jax.evaluate_model(model, jnp.ones((1, 64)))
-    >>> cost.baseline.total_cycles, cost.report.total_cycles, cost.saving > 4
-    (252, 222, True)
+    >>> print(cost.baseline.total_cycles, cost.report.total_cycles, round(cost.saving, 2))
+    252 222 4.84
     """
     network = hw.trace(model, *inputs, name=name, **kwargs)
     used = {_path(name) for name in network.names}

@@ -498,6 +498,11 @@ def replace_kernel(model: Any, layer: KernelLayer, value: jax.Array) -> None:
         setattr(_nnx_module(model, layer.path), layer.kernel_name, nnx.Param(value))
 
 
+def model_name(model: Any) -> str:
+    """The class of a model, of a Linen model its module's."""
+    return type(model.module if isinstance(model, LinenModel) else model).__name__
+
+
 def copy_model(model: Model) -> Model:
     """A model of its own variables, which may be changed in place."""
     if isinstance(model, LinenModel):

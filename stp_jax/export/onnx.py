@@ -596,7 +596,7 @@ def _lower(graph: _Graph, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     return outputs if isinstance(outputs, list) else [outputs]
 
 
-def export_onnx(model: nnx.Module, example: Any, path: str | Path) -> None:
+def export_onnx(model: Any, example: Any, path: str | Path) -> None:
     """Writes an STP model as an ONNX file for evaluation.
 
     Kernels are int8 initializers before DequantizeLinear with a scale per output channel, layer
@@ -605,9 +605,9 @@ def export_onnx(model: nnx.Module, example: Any, path: str | Path) -> None:
     ``logits`` in the model's own layout (N, H, W, C) and with the example's batch size.
 
     Args:
-      model: a calibrated NNX model from `stp_jax.quantize`, computing in float32.
+      model: a calibrated STP model (a Linen one with its variables), computing in float32.
       example: an input of the model, or its ``jax.ShapeDtypeStruct``.
-      path: the file, by custom ``*.onnx``.
+      path: the file, conventionally ``*.onnx``.
 
     Raises:
       ImportError: the package ``onnx`` is missing.
@@ -621,7 +621,7 @@ def export_onnx(model: nnx.Module, example: Any, path: str | Path) -> None:
             "export_onnx needs the onnx package: pip install 'stp-jax[onnx]'"
         ) from error
     shown = _shown(model)
-    closed = jax.make_jaxpr(lambda x: shown(x))(example)  # type: ignore[operator]
+    closed = jax.make_jaxpr(lambda x: shown(x))(example)
     if len(closed.out_avals) != 1:
         raise ValueError(f"the model must return one array, it returns {len(closed.out_avals)}")
     graph = _Graph(onnx)
@@ -637,7 +637,7 @@ def export_onnx(model: nnx.Module, example: Any, path: str | Path) -> None:
 
     onnx_graph = onnx.helper.make_graph(
         graph.nodes,
-        type(model).__name__,
+        hooks.model_name(model),
         [described("input", closed.in_avals[0])],
         [described("logits", out)],
         graph.constants,

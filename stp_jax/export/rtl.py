@@ -71,7 +71,7 @@ def layer_jobs(model: Any, layer: str, x: Any) -> list[Job]:
     """What a layer multiplies when the model runs on x, in integers: jobs for the array.
 
     Args:
-      model: a calibrated STP model.
+      model: a calibrated STP model; a Linen one with its variables.
       layer: dotted path of a quantized Conv or Linear with the NAF, 8-bit weights and a budget.
       x: an input of the model. The layer's first use counts.
 
@@ -125,7 +125,7 @@ def write_layer_images(
     """Writes the memory images of a trained layer for an array of ``rows`` × ``cols`` group PEs.
 
     Args:
-      model: a calibrated STP model.
+      model: a calibrated STP model; a Linen one with its variables.
       layer: as in `layer_jobs`.
       x: an input of the model.
       directory: where the files go; made if it does not exist.

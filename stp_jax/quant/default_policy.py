@@ -59,7 +59,7 @@ def default_policy(
     >>> from stp_jax import models
     >>> model = models.create("mlp", num_classes=3, rngs=nnx.Rngs(0), in_features=4, hidden=(8,))
     >>> [(rule.path, rule.budget) for rule in stp_jax.default_policy(model, budget=6).rules]
-    [('layers\\.2', None), ('.*', 6)]
+    [('layers\\\\.2', None), ('.*', 6)]
     """
 
     def rule(path: str, budget: int | None) -> Rule:
