@@ -248,7 +248,8 @@ def _dataset(name: str, data_dir: str | None, on_corrupt: str) -> Any:
 def _context(config: Config, workdir: Path, console: Console) -> Any:
     from experiments.context import make_context
 
-    dataset = _dataset(config.data, config.data_dir, config.on_corrupt)
+    images = _dataset(config.data, config.data_dir, config.on_corrupt)
+    dataset = data.ImageData(dataset=images, augment=config.augment, image_size=config.image_size)
     return make_context(config, workdir, console, dataset=dataset)
 
 

@@ -270,6 +270,7 @@ def override(config: AnyConfig, settings: Sequence[str]) -> AnyConfig:
         or its value is wrong.
     """
     hints = typing.get_type_hints(type(config))
+    keys = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
     changes: dict[str, Any] = {}
     options: dict[str, str] = {}
     for setting in settings:
@@ -282,10 +283,11 @@ def override(config: AnyConfig, settings: Sequence[str]) -> AnyConfig:
                 raise ConfigError("model_options are set one by one, as model_options.depth=4")
             options[option] = text
             continue
-        if key not in hints:
-            alike = functools.partial(difflib.get_close_matches, key, hints)
-            near = alike(cutoff=0.8) or alike() or sorted(hints)
-            raise ConfigError(f"unknown key {key!r}; did you mean {', '.join(near)}?")
+        if key not in keys:
+            alike = functools.partial(difflib.get_close_matches, key, keys)
+            near = alike(cutoff=0.8) or alike()
+            hint = f"did you mean {', '.join(near)}?" if near else "--help lists the keys"
+            raise ConfigError(f"unknown key {key!r}; {hint}")
         changes[key] = _parse(key, text, hints[key])
     if not isinstance(config, Config):
         return dataclasses.replace(config, **changes)  # type: ignore[type-var]

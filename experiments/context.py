@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,8 @@ from experiments.config import Config, ConfigError
 from experiments.runtime import sharding
 from stp_jax import data, export, models
 
+_CALIBRATION_SEED = 0  # not the run's: runs that differ in their seed calibrate alike
+
 
 @dataclasses.dataclass(frozen=True)
 class Context:
@@ -27,7 +28,7 @@ class Context:
 
     config: Config
     workdir: Path
-    dataset: Any  # data.Dataset; data.TextDataset in a TextContext
+    dataset: data.TrainingData
     console: Console
     mesh: jax.sharding.Mesh
 
@@ -44,85 +45,33 @@ class Context:
             for key, value in batch.items()
         }
 
-    def example_input(self) -> jax.ShapeDtypeStruct:
-        """The shape of one image as the model sees it."""
-        height, width, channels = self.dataset.image_shape
-        if self.config.image_size is not None:
-            height = width = self.config.image_size
-        return jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
-
-    def model_options(self) -> dict[str, Any]:
-        """What models take from the data, among their options."""
-        _, height, width, channels = self.example_input().shape
-        return {
-            "in_channels": channels,
-            "in_features": height * width * channels,
-            "image_size": height,
-        }
-
     def train_iterator(self, stage: int) -> Any:
         """Batches for a stage; each stage draws its own order."""
         c = self.config
-        return data.train_iterator(
-            self.dataset,
+        return self.dataset.train_batches(
             batch_size=c.batch_size,
             seed=c.seed * 16 + stage,
-            augment=c.augment,
-            image_size=c.image_size,
             shard_index=jax.process_index(),
             shard_count=jax.process_count(),
-        )
-
-    def eval_batches(self, batch_size: int, *, split: str = "test", **shard: int) -> Any:
-        """A split in order, without augmentation, as batches with a mask."""
-        return data.eval_batches(
-            self.dataset,
-            batch_size=batch_size,
-            image_size=self.config.image_size,
-            split=split,
-            **shard,
         )
 
     def calibration_batches(self) -> list[dict[str, jax.Array]]:
-        """A few training examples as evaluation sees them, the same in every run."""
-        batches = self.eval_batches(
-            self.config.batch_size,
+        """Training examples as evaluation sees them, drawn at random; the same in every run."""
+        c = self.config
+        number = min(c.calibration_batches * c.batch_size, len(self.dataset.train))
+        # Not the first ones, which are of one class where examples come in the order of classes.
+        drawn = np.random.default_rng(_CALIBRATION_SEED).permutation(len(self.dataset.train))
+        batches = self.dataset.eval_batches(
+            batch_size=c.batch_size,
             split="train",
+            indices=drawn[:number],
             shard_index=jax.process_index(),
             shard_count=jax.process_count(),
         )
-        some = itertools.islice(batches, self.config.calibration_batches)
-        return [self.to_devices(batch) for batch in some]
+        return [self.to_devices(batch) for batch in batches]
 
 
-@dataclasses.dataclass(frozen=True)
-class TextContext(Context):
-    """The same for a language model: characters in, the next characters as labels."""
-
-    def example_input(self) -> jax.ShapeDtypeStruct:
-        """The shape of one window of characters."""
-        return jax.ShapeDtypeStruct((1, self.dataset.window), jnp.int32)
-
-    def model_options(self) -> dict[str, Any]:
-        """Nothing beside the vocabulary."""
-        return {}
-
-    def train_iterator(self, stage: int) -> Any:
-        """Batches for a stage; each stage draws its own order."""
-        return data.text_train_iterator(
-            self.dataset,
-            batch_size=self.config.batch_size,
-            seed=self.config.seed * 16 + stage,
-            shard_index=jax.process_index(),
-            shard_count=jax.process_count(),
-        )
-
-    def eval_batches(self, batch_size: int, *, split: str = "test", **shard: int) -> Any:
-        """A split in order as batches with a mask."""
-        return data.text_eval_batches(self.dataset, batch_size=batch_size, split=split, **shard)
-
-
-def load_data(config: Config) -> Any:
+def load_data(config: Config) -> data.TrainingData:
     """Text or images, as the configuration names them.
 
     Raises:
@@ -130,11 +79,16 @@ def load_data(config: Config) -> Any:
     """
     if config.data == data.TEXT:
         return data.load_text(window=config.window)
-    return data.load(config.data, data_dir=config.data_dir, on_corrupt=config.on_corrupt)
+    dataset = data.load(config.data, data_dir=config.data_dir, on_corrupt=config.on_corrupt)
+    return data.ImageData(dataset=dataset, augment=config.augment, image_size=config.image_size)
 
 
 def make_context(
-    config: Config, workdir: Path, console: Console, *, dataset: Any = None
+    config: Config,
+    workdir: Path,
+    console: Console,
+    *,
+    dataset: data.TrainingData | None = None,
 ) -> Context:
     """Loads the data, unless they are given, and lays out the devices.
 
@@ -146,15 +100,14 @@ def make_context(
     for key in ("batch_size", "eval_batch_size"):
         if getattr(config, key) % devices:
             raise ConfigError(f"{key} must be a multiple of the {devices} devices")
-    kind = TextContext if config.data == data.TEXT else Context
     if dataset is None:
         dataset = load_data(config)
     if config.batch_size > len(dataset.train):
-        what = "windows" if kind is TextContext else "images"
         raise ConfigError(
-            f"batch_size {config.batch_size} is more than the {len(dataset.train)} training {what}"
+            f"batch_size {config.batch_size} is more than the {len(dataset.train)} training "
+            "examples"
         )
-    return kind(config, workdir, dataset, console, sharding.make_mesh())
+    return Context(config, workdir, dataset, console, sharding.make_mesh())
 
 
 def make_model(context: Context) -> nnx.Module:
@@ -165,7 +118,7 @@ def make_model(context: Context) -> nnx.Module:
     """
     config = context.config
     known = models.model_options(config.model)
-    options = {key: v for key, v in context.model_options().items() if key in known}
+    options = {key: v for key, v in context.dataset.model_options().items() if key in known}
     options |= {key: getattr(config, key) for key in ("stem", "width") if getattr(config, key)}
     options |= config.model_options
     if config.dtype != "float32":
@@ -193,7 +146,7 @@ def check_model(context: Context) -> None:
         abstract = nnx.eval_shape(lambda: make_model(context))
     else:
         abstract = make_model(context)  # published weights are small, and must be read
-    example = context.example_input()
+    example = context.dataset.example_input()
     try:
         nnx.eval_shape(lambda model, x: model(x), abstract, example)
     except (TypeError, ValueError) as error:

@@ -54,7 +54,7 @@ def write_results(context: Context, outcome: Outcome, name: str) -> dict[str, An
     config = context.config
     cost = stp_jax.evaluate_model(
         outcome.model,
-        context.example_input(),
+        context.dataset.example_input(),
         rows=config.rows,
         cols=config.cols,
         name=config.model,

@@ -57,7 +57,7 @@ class TrainingError(RuntimeError):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _correct(graphdef: nnx.GraphDef, state: nnx.State, batch: dict[str, jax.Array]) -> jax.Array:
-    logits = nnx.merge(graphdef, state)(batch["image"])
+    logits = nnx.merge(graphdef, state)(batch["input"])
     hit = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
     return jnp.sum(hit.reshape(len(hit), -1).mean(axis=1) * batch["mask"])
 
@@ -68,8 +68,8 @@ def evaluate(context: Context, model: nnx.Module) -> float:
     graphdef, state = nnx.split(model)
     state = jax.device_put(state, sharding.replicated(context.mesh))
     total = 0.0
-    for batch in context.eval_batches(
-        context.config.eval_batch_size,
+    for batch in context.dataset.eval_batches(
+        batch_size=context.config.eval_batch_size,
         shard_index=jax.process_index(),
         shard_count=jax.process_count(),
     ):
@@ -99,7 +99,7 @@ def reestimate_batch_norm(context: Context, model: nnx.Module) -> None:
 
     total = None
     for batch in itertools.islice(context.train_iterator(stage=8), number):
-        statistics = forward(model, context.to_devices(batch)["image"])
+        statistics = forward(model, context.to_devices(batch)["input"])
         total = statistics if total is None else jax.tree.map(jnp.add, total, statistics)
         interrupts.check()
     nnx.update(model, jax.tree.map(lambda x: x / number, total))
@@ -196,11 +196,11 @@ def make_train_step(
     """
 
     def step(state: TrainState, batch: dict[str, jax.Array], number: jax.Array):
-        soft = None if teacher is None else teacher(batch["image"])
+        soft = None if teacher is None else teacher(batch["input"])
 
         def forward(params: nnx.State) -> tuple[jax.Array, tuple[jax.Array, nnx.State, dict]]:
             model = nnx.merge(graphdef, params, state.rest, copy=True)
-            logits = model(batch["image"])
+            logits = model(batch["input"])
             rest = nnx.state(model, nnx.Not(nnx.Param))
             value = loss(logits, batch["label"], soft)
             added, priced = (0.0, {}) if price is None else price(model)
@@ -384,7 +384,7 @@ def choose_budgets(context: Context, model: nnx.Module) -> dict[str, int]:
     weighted = c.error_weighting == "gradients"
     importance = squared_gradients(context, model) if weighted else None
     costs = stp_jax.term_costs(
-        model, context.example_input(), per=c.allocate_for, array=_array(c, model)
+        model, context.dataset.example_input(), per=c.allocate_for, array=_array(c, model)
     )
     return stp_jax.allocate(model, c.terms_per_weight, costs=costs, importance=importance)
 
@@ -401,7 +401,7 @@ def energy_price(context: Context, model: nnx.Module) -> Callable[[nnx.Module], 
     what the whole budgets that the model holds now take.
     """
     c = context.config
-    network, array = hwmodel.trace(model, context.example_input()), _array(c, model)
+    network, array = hwmodel.trace(model, context.dataset.example_input()), _array(c, model)
 
     @jax.jit
     def energy(budgets: Mapping[str, jax.Array]) -> jax.Array:
@@ -428,7 +428,9 @@ def train_budgets(
       The model with its budgets set, and those.
     """
     c = context.config
-    costs = stp_jax.term_costs(model, context.example_input(), per="energy", array=_array(c, model))
+    costs = stp_jax.term_costs(
+        model, context.dataset.example_input(), per="energy", array=_array(c, model)
+    )
     price = energy_price(context, model)
     stp_jax.relax_budgets(model)
     stage = Stage("budgeted", 3, c.budgeted_epochs, c.retrain_lr, c.distill, price=price)
@@ -445,7 +447,7 @@ def squared_gradients(context: Context, model: nnx.Module) -> dict[str, jax.Arra
     plain = make_loss(context.config, distill=0.0)
 
     def loss(model: Any, batch: dict[str, jax.Array]) -> jax.Array:
-        return plain(model(batch["image"]), batch["label"], None)
+        return plain(model(batch["input"]), batch["label"], None)
 
     return sharding.gather(stp_jax.squared_gradients(model, loss, context.calibration_batches()))
 
@@ -477,7 +479,7 @@ def train(context: Context) -> Outcome:
 
     # Int8: every term kept, inputs calibrated. From here on the model is an STP model.
     model = stp_jax.quantize(model, make_policy(c, model))
-    stp_jax.calibrate(model, (batch["image"] for batch in context.calibration_batches()))
+    stp_jax.calibrate(model, (batch["input"] for batch in context.calibration_batches()))
     nnx.update(model, sharding.gather(nnx.state(model)))
     record.top1("int8", model)
 
@@ -492,7 +494,7 @@ def train(context: Context) -> Outcome:
 
     # Projected: each group keeps its terms, and no weight is trained.
     if c.compensate:
-        stp_jax.compensate(model, [b["image"] for b in context.calibration_batches()], budgets)
+        stp_jax.compensate(model, [b["input"] for b in context.calibration_batches()], budgets)
         nnx.update(model, sharding.gather(nnx.state(model)))
     else:
         stp_jax.set_budgets(model, budgets)

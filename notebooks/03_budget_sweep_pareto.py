@@ -53,7 +53,7 @@ class Net(nnx.Module):
 
 
 def loss(model, batch):
-    logits = model(batch["image"])
+    logits = model(batch["input"])
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
 
@@ -79,7 +79,7 @@ def predict(model, image):
 
 
 def top1(model):
-    return 100 * float((predict(model, test["image"]) == test["label"]).mean())
+    return 100 * float((predict(model, test["input"]) == test["label"]).mean())
 
 
 model = Net(nnx.Rngs(0))
@@ -99,7 +99,7 @@ policy = stp_jax.Policy(
 start = stp_jax.quantize(model, policy)
 batches = data.train_iterator(digits, batch_size=64, seed=1)
 examples = [next(batches) for _ in range(4)]
-stp_jax.calibrate(start, [batch["image"] for batch in examples])
+stp_jax.calibrate(start, [batch["input"] for batch in examples])
 
 layers = list(stp_jax.budgets(start))
 groups = stp_jax.group_counts(start)

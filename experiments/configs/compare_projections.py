@@ -49,7 +49,7 @@ def _quantized(context: Any, model: nnx.Module, **changes: Any) -> nnx.Module:
 
     config = dataclasses.replace(context.config, **changes)
     stp = stp_jax.quantize(model, make_policy(config, model))
-    stp_jax.calibrate(stp, [batch["image"] for batch in context.calibration_batches()])
+    stp_jax.calibrate(stp, [batch["input"] for batch in context.calibration_batches()])
     return stp
 
 
@@ -79,7 +79,7 @@ def _ways(context: Any, model: nnx.Module, budget: int) -> dict[str, nnx.Module]
     """Name → the float model projected in that way."""
     from experiments import train
 
-    inputs = [batch["image"] for batch in context.calibration_batches()]
+    inputs = [batch["input"] for batch in context.calibration_batches()]
     exact = _quantized(context, model)
     budgets = dict.fromkeys(stp_jax.budgets(exact), budget)
 

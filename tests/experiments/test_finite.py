@@ -29,7 +29,8 @@ def context(tmp_path_factory):
     settings = ["model_options.hidden=8", "log_every=4", "checkpoint_every=8"]
     config = override(configs.load("stp_mlp").CONFIG, settings)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    dataset = data.load("digits", data_dir=tmp_path_factory.mktemp("tfds"))
+    digits = data.load("digits", data_dir=tmp_path_factory.mktemp("tfds"))
+    dataset = data.ImageData(dataset=digits, augment=config.augment)
     return Context(config, tmp_path_factory.mktemp("none"), dataset, Console(), mesh)
 
 
@@ -68,7 +69,7 @@ def test_a_step_that_diverges_is_named_with_its_layers_and_not_saved(
         def __next__(self):
             self.count += 1
             batch = next(batches)
-            return {**batch, "image": batch["image"] * (np.inf if self.count > 10 else 1)}
+            return {**batch, "input": batch["input"] * (np.inf if self.count > 10 else 1)}
 
         def get_state(self):
             return batches.get_state()

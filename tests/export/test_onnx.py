@@ -62,7 +62,7 @@ LAST = {"mlp": "layers.2", "resnet20": "linear", "vit_s16": "head"}
 
 @pytest.fixture(scope="module")
 def digits():
-    return jnp.asarray(next(data.eval_batches(data.load("digits"), batch_size=360))["image"])
+    return jnp.asarray(next(data.eval_batches(data.load("digits"), batch_size=360))["input"])
 
 
 @pytest.fixture(scope="module", params=MODELS)
