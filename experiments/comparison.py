@@ -255,7 +255,7 @@ def _context(config: Config, workdir: Path, console: Console) -> Any:
 
 def _run(config: Config, workdir: Path, name: str, known: Mapping[str, float]) -> None:
     """One member, or what an interrupted run left of it; its console goes to a file."""
-    from experiments import report, train
+    from experiments import report, stages
     from experiments.run import claim
     from experiments.runtime.lock import locked
 
@@ -265,7 +265,7 @@ def _run(config: Config, workdir: Path, name: str, known: Mapping[str, float]) -
         write_json(workdir / "stages.json", {"top1": dict(known)})
     with locked(workdir), (workdir / "console.txt").open("a") as file:
         context = _context(config, workdir, Console(file=file, width=120))
-        outcome = train.train(context)
+        outcome = stages.train(context)
         report.write_results(context, outcome, name)
 
 

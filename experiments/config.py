@@ -20,6 +20,18 @@ from stp_jax.data import AUGMENTATIONS
 from stp_jax.models import MODELS, model_options
 from stp_jax.terms import ENCODINGS, Encoding, Method, max_budget
 
+# The method as a whole; see `experiments.stages`.
+STAGE_NAMES = (
+    "float",
+    "int8",
+    "allocated",
+    "guided",
+    "projected",
+    "budgeted",
+    "retrained",
+    "integer",
+)
+
 
 class ConfigError(ValueError):
     """A key or a value of the configuration is wrong; the message names it and what is right."""
@@ -46,8 +58,9 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"  # to compute in; parameters stay float32
     init_from: str | None = None  # PyTorch weights, or another run's float.safetensors
 
-    # Training. Epochs may be fractions; 0 leaves a stage out.
+    # Training. Epochs may be fractions; 0 leaves a stage's training out.
     seed: int = 0
+    stages: tuple[str, ...] = STAGE_NAMES  # what a run does, in this order (`experiments.stages`)
     optimizer: Literal["sgd", "adamw"] = "sgd"
     batch_size: int = 128
     eval_batch_size: int = 256
@@ -232,6 +245,8 @@ def choices(hint: Any) -> tuple[Any, ...]:
 
 def _parse(key: str, text: str, hint: Any) -> Any:
     """The value that the text of ``--set key=text`` stands for."""
+    if typing.get_origin(hint) is tuple:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
     parts = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
     if type(None) in parts and text.lower() in ("none", ""):
         return None
@@ -302,12 +317,14 @@ def override(config: AnyConfig, settings: Sequence[str]) -> AnyConfig:
 
 def differences(ours: Any, theirs: Mapping[str, Any]) -> list[str]:
     """What differs in effect from a stored configuration, as ``key: theirs → ours``."""
-    mine = json.loads(json.dumps(dataclasses.asdict(ours)))
+    mine, stored = (json.loads(json.dumps(x)) for x in (dataclasses.asdict(ours), dict(theirs)))
+    # A run of an older version did what a key that it did not know has as its default.
+    stored = {**json.loads(json.dumps(dataclasses.asdict(type(ours)()))), **stored}
     keys = [key for key in mine if key not in getattr(ours, "BOOKKEEPING", ())]
     return [
-        f"{key}: {theirs.get(key)!r} → {mine[key]!r}"
+        f"{key}: {stored.get(key)!r} → {mine[key]!r}"
         for key in keys
-        if theirs.get(key) != mine[key]
+        if stored.get(key) != mine[key]
     ]
 
 

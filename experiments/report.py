@@ -16,11 +16,10 @@ from rich.console import Console
 import stp_jax
 from experiments.context import Context
 from experiments.runtime.log import write_json
-from experiments.train import Outcome
+from experiments.stages import Outcome
 from stp_jax import export, hwmodel
 
 _PACKAGES = ("stp-jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain")
-_STAGES = ("float", "int8", "projected", "retrained", "integer")
 
 
 def _terms(outcome: Outcome, encoding: Any) -> dict[str, Any]:
@@ -95,7 +94,7 @@ def _print(console: Console, results: dict[str, Any], ours: hwmodel.Report) -> N
     console.print(ours.table(), highlight=False, soft_wrap=True)
     console.print(
         "\ntop-1 "
-        + ", ".join(f"{stage} {top1[stage]:.2f} %" for stage in _STAGES if stage in top1)
+        + ", ".join(f"{stage} {top1[stage]:.2f} %" for stage in top1)
         + f"\nterms per weight {terms['budgeted_layers']:.3f} over the layers with budgets, "
         f"{terms['all_layers']:.3f} over all"
         + "\nkB: "
@@ -117,8 +116,7 @@ def _plot(folder: Path, results: dict[str, Any]) -> None:
     folder.mkdir(exist_ok=True)
 
     figure, axes = _figure()
-    stages = [stage for stage in _STAGES if stage in results["top1_percent"]]
-    values = [results["top1_percent"][stage] for stage in stages]
+    stages, values = zip(*results["top1_percent"].items(), strict=True)
     axes.bar_label(axes.bar(stages, values), fmt="%.2f")
     axes.set(ylabel="top-1 accuracy (%)", title=results["dataset"])
     axes.set_ylim(max(0, min(values) - 5), 100.5)

@@ -183,7 +183,7 @@ def _join(options: argparse.Namespace) -> None:
 def _train(config: Config, workdir: Path, name: str, console: Console) -> int:
     """A training run, from its checks to its report; the exit status."""
     # Only a sound configuration is worth the seconds that these imports take.
-    from experiments import report, train
+    from experiments import report, stages, train
     from experiments.context import check_model, make_context
     from experiments.runtime import disk, distributed, interrupts
     from experiments.runtime.checkpoints import CheckpointError
@@ -195,6 +195,7 @@ def _train(config: Config, workdir: Path, name: str, console: Console) -> int:
     try:
         context = make_context(config, workdir, console)
         check_model(context)
+        stages.check_stages(config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -205,7 +206,7 @@ def _train(config: Config, workdir: Path, name: str, console: Console) -> int:
     try:
         with contextlib.ExitStack() as stack, interrupts.held():
             distributed.from_first(lambda: enter(stack), failure=ConfigError)
-            outcome = train.train(context)
+            outcome = stages.train(context)
             if distributed.is_first():
                 report.write_results(context, outcome, name)
     except (train.TrainingError, CheckpointError) as error:

@@ -77,7 +77,7 @@ def _weigh(model: nnx.Module, importance: Mapping[str, Any]) -> None:
 
 def _ways(context: Any, model: nnx.Module, budget: int) -> dict[str, nnx.Module]:
     """Name → the float model projected in that way."""
-    from experiments import train
+    from experiments import stages, train
 
     inputs = [batch["input"] for batch in context.calibration_batches()]
     exact = _quantized(context, model)
@@ -98,7 +98,7 @@ def _ways(context: Any, model: nnx.Module, budget: int) -> dict[str, nnx.Module]
         "exact, scales searched": at_budget(exact),
     }
     weighted = at_budget(exact)
-    _weigh(weighted, train.squared_gradients(context, exact))
+    _weigh(weighted, stages.squared_gradients(context, exact))
     ways["exact, scales searched, errors weighted"] = weighted
     for name in ("greedy, scales searched", "exact, scales searched"):
         corrected = nnx.clone(ways[name])
@@ -126,7 +126,7 @@ def run(config: ProjectionConfig, workdir: Path, console: Console) -> None:
     model = make_model(context)
     if base.float_epochs:
         model = train.train_stage(
-            context, model, train.Stage("float", 0, base.float_epochs, base.float_lr)
+            context, model, train.Training("float", base.float_epochs, base.float_lr)
         )
     elif base.init_from is None:
         raise ConfigError("float_epochs=0 needs init_from, the weights to project")

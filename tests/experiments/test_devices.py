@@ -67,7 +67,7 @@ def few_steps(context, steps):
     return steps / context.steps_per_epoch
 
 
-FLOAT = train.Stage("float", 0, 0.0, 0.05)
+FLOAT = train.Training("float", 0.0, 0.05)
 
 
 @pytest.mark.parametrize("network", ["mlp", "conv"])
@@ -110,7 +110,7 @@ def test_guided_and_distilled_steps_start_alike_in_both_shardings(make_context):
 def test_fsdp_cuts_output_channels_and_nothing_else(make_context):
     context = make_context(8, "sharding=fsdp")
     _, params, rest = nnx.split(SmallConv(), nnx.Param, ...)
-    tx = train.make_optimizer(context.config, lr=0.1, steps=10, guided=False)
+    tx = train.make_optimizer(context.config, lr=0.1, steps=10)
     state = train.TrainState(params, rest, tx.init(params))
     state = jax.device_put(state, train.state_shardings(context, state))
 

@@ -280,7 +280,10 @@ def test_experiments_are_listed():
         (["--exp=nothing"], "no experiment 'nothing'"),
         (["--exp=stp_resnet18", "--set", "data=no_such_set"], "no_such_set"),
         (["--exp=stp_resnet18", "--set", "data=folder", "data_dir=/no/where"], "/no/where"),
-        (["--exp=stp_resnet18", "--set", "batch_size=5000"], "more than the 1437 training images"),
+        (
+            ["--exp=stp_resnet18", "--set", "batch_size=5000"],
+            "more than the 1437 training examples",
+        ),
         (["--exp=stp_resnet18", "--set", "model=resnet20"], "stem"),
         (["--exp=stp_resnet18", "--set", "int8_layers=head"], "no layer has such a path"),
     ],
