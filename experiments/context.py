@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +87,20 @@ class Context:
         return [self.to_devices(batch) for batch in batches]
 
 
+# Data other than images, by the value of the key ``data``.
+DATA: dict[str, Callable[[Config], data.TrainingData]] = {
+    data.TEXT: lambda config: data.load_text(window=config.window),
+}
+
+
 def load_data(config: Config) -> data.TrainingData:
-    """Text or images, as the configuration names them.
+    """What the configuration names: an entry of `DATA`, or images (`stp_jax.data.load`).
 
     Raises:
       ValueError: the data are not there; the message says how to get them.
     """
-    if config.data == data.TEXT:
-        return data.load_text(window=config.window)
+    if config.data in DATA:
+        return DATA[config.data](config)
     dataset = data.load(config.data, data_dir=config.data_dir, on_corrupt=config.on_corrupt)
     return data.ImageData(dataset=dataset, augment=config.augment, image_size=config.image_size)
 
