@@ -256,10 +256,9 @@ def _context(config: Config, workdir: Path, console: Console) -> Any:
 def _run(config: Config, workdir: Path, name: str, known: Mapping[str, float]) -> None:
     """One member, or what an interrupted run left of it; its console goes to a file."""
     from experiments import report, stages
-    from experiments.run import claim
-    from experiments.runtime.lock import locked
+    from experiments.runtime.workdir import claim_workdir, locked
 
-    claim(workdir, name, config)
+    claim_workdir(workdir, name, config)
     if not (workdir / "stages.json").exists():
         # What the shared start has by itself was measured once.
         write_json(workdir / "stages.json", {"top1": dict(known)})

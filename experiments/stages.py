@@ -22,8 +22,8 @@ import stp_jax
 from experiments.config import Config, ConfigError
 from experiments.context import Context, make_model, make_policy, read_budgets
 from experiments.runtime import sharding
-from experiments.runtime.distributed import from_first, is_first
 from experiments.runtime.log import write_json
+from experiments.runtime.processes import from_first, is_first
 from experiments.train import Training, evaluate, make_loss, reestimate_batch_norm, train_stage
 from stp_jax import export, hwmodel
 from stp_jax.terms import round_budgets

@@ -19,11 +19,11 @@ from flax import nnx
 import stp_jax
 from experiments.config import Config
 from experiments.context import Context
-from experiments.runtime import interrupts, sharding
+from experiments.runtime import processes, sharding
 from experiments.runtime.checkpoints import StageCheckpoints
-from experiments.runtime.distributed import is_first
 from experiments.runtime.finite import Watch, name_nonfinite, nonfinite, paths
 from experiments.runtime.log import NoLog, StageLog
+from experiments.runtime.processes import is_first
 from stp_jax.terms import budget_schedule
 
 
@@ -71,7 +71,7 @@ def evaluate(context: Context, model: nnx.Module) -> float:
         shard_count=jax.process_count(),
     ):
         total += float(_correct(graphdef, state, context.to_devices(batch)))
-        interrupts.check()
+        processes.check()
     return 100.0 * total / len(context.dataset.test)
 
 
@@ -98,7 +98,7 @@ def reestimate_batch_norm(context: Context, model: nnx.Module) -> None:
     for batch in itertools.islice(context.train_iterator("batch_norm"), number):
         statistics = forward(model, context.to_devices(batch)["input"])
         total = statistics if total is None else jax.tree.map(jnp.add, total, statistics)
-        interrupts.check()
+        processes.check()
     nnx.update(model, jax.tree.map(lambda x: x / number, total))
     for norm, momentum in zip(norms, kept, strict=True):
         norm.momentum = momentum
@@ -330,7 +330,7 @@ def train_stage(
                 state, metrics, flags = train_step(state, batch)
                 watch.note(step, flags)
                 log.step(step)
-                stop = interrupts.pending()
+                stop = processes.pending()
                 saves = step == steps or step % c.checkpoint_every == 0
                 logs = saves or step % c.log_every == 0
                 if (logs or stop) and (found := watch.first()) is not None:
@@ -347,7 +347,7 @@ def train_stage(
                     checkpoints.save(step, state, batches)
                 if stop:
                     checkpoints.wait()
-                    raise interrupts.Interrupted(stop)
+                    raise processes.Interrupted(stop)
     model = nnx.merge(graphdef, *sharding.gather((state.params, state.rest)))
     model.eval()
     reestimate_batch_norm(context, model)

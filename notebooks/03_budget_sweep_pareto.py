@@ -128,11 +128,11 @@ def energy_nj(report):
     return 1e-3 * report.energy_pj["array"].sum()
 
 
-def hardware(model):
+def cost(model):
     return stp_jax.evaluate_model(model, jnp.zeros((1, 8, 8, 1)), rows=16, cols=16)
 
 
-baseline = hardware(start).baseline
+baseline = cost(start).baseline
 
 
 # %% [markdown]
@@ -159,7 +159,7 @@ for mean in (0.25, 0.375, 0.5, 0.75, 1.0, 1.5):
         stp_jax.search_weight_scales(stp)
         projected = top1(stp)
         train(stp, retraining, steps=60)
-        report = hardware(stp)
+        report = cost(stp).report
         rows.append(
             {
                 "budgets": choice,
