@@ -84,7 +84,7 @@ class Config:
     method: Method = "optimal"
     terms_per_weight: float = 0.75  # mean over the layers with budgets, when they are allocated
     allocate_for: Resource = "balanced"  # what the mean is of (`stp_jax.term_costs`)
-    error_weighting: Literal["gradients", "none"] = "gradients"  # of the errors it weighs up
+    error_weighting: Literal["gradients", "none"] = "gradients"  # weights of the errors
     budget: int | None = None  # terms per group, the same in every layer; None allocates
     budgets: str | None = None  # JSON file {layer: terms per group}, by hand
     int8_layers: str | None = None  # paths that keep all terms; None is the model's own choice

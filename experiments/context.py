@@ -1,4 +1,4 @@
-"""What a run works with: data, devices, model and policy, all checked before any work."""
+"""The context of a run: data, devices, model and policy, checked before any work."""
 
 from __future__ import annotations
 

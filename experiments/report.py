@@ -1,4 +1,4 @@
-"""The end of a run: the accelerator's figures, the packed model, plots, and `results.json`."""
+"""The report of a run: accelerator figures, the packed model, plots, and `results.json`."""
 
 from __future__ import annotations
 

@@ -172,8 +172,10 @@ class _Processes:
             process.terminate()
 
 
-def _run_here(commands: Mapping[Member, list[str]], logs: Path, jobs: int, told: Callable) -> None:
-    """Runs members in processes of this machine; tells (member, exit status) of each."""
+def _run_here(
+    commands: Mapping[Member, list[str]], logs: Path, jobs: int, report: Callable
+) -> None:
+    """Runs members in processes of this machine; reports (member, exit status) of each."""
     running = _Processes()
     with ThreadPoolExecutor(jobs) as pool, processes.deferred_signals():
         futures: dict[Future, Member] = {
@@ -185,16 +187,19 @@ def _run_here(commands: Mapping[Member, list[str]], logs: Path, jobs: int, told:
             done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
             for future in done:
                 if not running.stopped:
-                    told(futures[future], future.result())
+                    report(futures[future], future.result())
             if processes.pending() and not running.stopped:
                 running.stop()
         processes.check()
 
 
 def _run_as_jobs(
-    commands: Mapping[Member, list[str]], logs: Path, parameters: Mapping[str, Any], told: Callable
+    commands: Mapping[Member, list[str]],
+    logs: Path,
+    parameters: Mapping[str, Any],
+    report: Callable,
 ) -> None:
-    """Runs members as cluster jobs and waits for them; tells (member, exit status) of each."""
+    """Runs members as cluster jobs and waits for them; reports (member, exit status) of each."""
     os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")  # or it shuts other log handlers down
     try:
         import submitit
@@ -216,7 +221,7 @@ def _run_as_jobs(
         Path(logs / f"{member.name}.txt").write_text(
             f"{job.stdout()}\n{job.stderr()}\n{failure or ''}"
         )
-        told(member, 0 if failure is None else 1)
+        report(member, 0 if failure is None else 1)
 
 
 def run_sweep(
@@ -253,16 +258,16 @@ def run_sweep(
     }
     console.print(f"{len(commands)} of {len(members)} members to run, in {workdir}")
 
-    def told(member: Member, code: int) -> None:
+    def report(member: Member, code: int) -> None:
         good = code == 0 and (workdir / member.name / "results.json").exists()
         status[member] = "finished" if good else f"failed: {_last_words(logs, member)}"
         line = f"[{len(status)}/{len(members)}] {member.name}: {status[member]}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     if slurm is None:
-        _run_here(commands, logs, jobs, told)
+        _run_here(commands, logs, jobs, report)
     elif commands:
-        _run_as_jobs(commands, logs, slurm, told)
+        _run_as_jobs(commands, logs, slurm, report)
     table = gather(members, workdir, status)
     table.to_csv(workdir / "sweep.csv", index=False)
     _print(table, members, workdir, console)

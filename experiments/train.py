@@ -268,7 +268,7 @@ def _guidance(
 
 
 def state_shardings(context: Context, state: TrainState) -> TrainState:
-    """How a training state lies on the devices."""
+    """Sharding of the training state."""
     whole = jax.tree.map(lambda _: sharding.replicated(context.mesh), state)
     if context.config.sharding == "data":
         return whole

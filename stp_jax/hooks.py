@@ -200,7 +200,7 @@ class Hooks:
     product: Wrap | None = None
     # Of attention modules: (path, attention_fn) → attention_fn.
     attention: Callable[[str, Callable], Callable | None] | None = None
-    # Told the path and the input of every BatchNorm that runs.
+    # Called with the path and the input of every BatchNorm that runs.
     batch_norm_input: Callable[[str, jax.Array], None] | None = None
 
 

@@ -41,7 +41,7 @@ def name_nonfinite(names: Sequence[str], flags: Any, *, most: int = 3) -> str:
 
 
 class Watch:
-    """Flags of the steps since the last look; looking waits for the device, so it is done rarely.
+    """Flags of the steps since the last check. A check waits for the device, so it is rare.
 
     Attributes:
       names: dotted paths, in the order of the flags.

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: a progress bar, TensorBoard, and metrics as JSON lines."""
+"""Progress and metric logging: a progress bar, TensorBoard, and JSON lines."""
 
 from __future__ import annotations
 

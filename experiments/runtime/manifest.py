@@ -1,4 +1,4 @@
-"""Digests of a folder's files, so that torn, cut and altered ones are told from good ones."""
+"""Manifests: SHA-256 digests of a folder's files, by which damaged ones are recognised."""
 
 from __future__ import annotations
 

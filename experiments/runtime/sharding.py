@@ -1,4 +1,4 @@
-"""How a training state lies on the devices: whole on each one, or cut along its output channels.
+"""Sharding of the training state: whole on each device, or cut along the output channels.
 
 A batch is always split over the devices. With ``data``, each device keeps the whole state; with
 ``fsdp`` (fully sharded data parallelism: Rajbhandari et al., ZeRO, SC20, stage 3), each keeps its

@@ -1,4 +1,4 @@
-"""The work folder of a run: whose it is, one run at a time, and what a full disk means."""
+"""The work folder of a run: its claim, its lock, and the message of a full disk."""
 
 from __future__ import annotations
 

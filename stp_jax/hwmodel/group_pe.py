@@ -60,7 +60,7 @@ class GroupPE(PE):
     the weights are not known, groups hold k terms, or all that the weights of a ragged one can.
 
     Attributes:
-      group_size: g, activations held.
+      group_size: g, resident activations.
       encoding: of the weights' terms, one of ``stp_jax.terms.ENCODINGS``.
       bits: width of the integer weights.
       grouping: ``flat`` cuts the reduction (row, column, channel) into groups whatever the channel
@@ -136,9 +136,9 @@ class GroupPE(PE):
             _check_budgets(network, self, k, statistics, relaxed=work.smoothing > 0.0)
         known = xp.asarray(statistics.measured)
         groups = folding.groups * folding.reduction_steps * folding.M
-        held, empty = statistics.within(k, work.smoothing)
+        terms_held, empty = statistics.within(k, work.smoothing)
         full = self._full_terms(k, folding, work.smoothing)
-        added = xp.where(known, held, full) * folding.P
+        added = xp.where(known, terms_held, full) * folding.P
         empty = xp.where(known, empty, xp.where(k > 0.0, 0.0, groups))
         group_size = as_real(self.group_size, xp)
         slot = self.slot_format(k)

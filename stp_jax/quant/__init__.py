@@ -1,1 +1,1 @@
-"""From a Flax model and a policy to an STP model, through Flax's public hooks only."""
+"""Quantization of Flax models: from a model and a policy to an STP model."""

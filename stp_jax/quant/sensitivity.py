@@ -1,4 +1,4 @@
-"""How much each layer's budget matters to the loss, for `stp_jax.terms.allocate_budgets`."""
+"""Sensitivity of the loss to each layer's budget, for `stp_jax.terms.allocate_budgets`."""
 
 from __future__ import annotations
 
