@@ -312,19 +312,24 @@ class QuantizedModule:
         with hooks.intercept([run.hooks, *more], (run.trace_key, *more)):
             return self.module.apply(_merge(variables), *args, **kwargs)
 
-    def bind(self, variables: Variables) -> BoundModel:
+    def bind(self, variables: Variables, *inputs: Any, **kwargs: Any) -> BoundModel:
         """The model with its variables, as the functions of `stp_jax` take it.
 
         Args:
           variables: as from `init`; not changed. The model has its own, ``.variables``.
+          *inputs: of the module, to trace it where nothing else has, as after a checkpoint was
+            restored; only shape and dtype are used.
+          **kwargs: keyword arguments of that call, such as ``train=False``.
 
         Raises:
           ValueError: the module was not traced yet, so that its layers are not known.
         """
+        if inputs and not self.traced.layers:
+            jax.eval_shape(lambda v, x: self.run(v, *x, **kwargs), dict(variables), inputs)
         if not self.traced.layers:
             raise ValueError(
                 "the layers of a Linen module are known once it was traced; call "
-                "jax.eval_shape(model.init, key, x) first"
+                "model.bind(variables, x) with an input, or jax.eval_shape(model.init, key, x)"
             )
         return BoundModel(self.module, dict(variables), stp=self)
 

@@ -192,3 +192,12 @@ def test_relaxed_linen_budgets_are_trained_with_the_scales(twins):
     assert jnp.abs(gradients["fc"]["relaxed_budget"]).max() > 0
     stp_jax.set_budgets(twin, 5)
     assert "relaxed_budget" not in twin.variables["stp_params"]["fc"]
+
+
+def test_a_restored_model_is_bound_with_an_input(calibrated):
+    variables = calibrated[1].variables
+    fresh = stp_jax.quantize(Linen(), POLICY)
+    with pytest.raises(ValueError, match=r"model\.bind\(variables, x\) with an input"):
+        fresh.bind(variables)
+    bound = fresh.bind(variables, X)
+    assert stp_jax.budgets(bound) == stp_jax.budgets(calibrated[1])
