@@ -67,10 +67,10 @@ def main() -> None:
         context = make_context(config, Path(folder), Console(quiet=True))
         teacher = make_model(context)
         model = stp_jax.quantize(teacher, make_policy(config, teacher))
-        stp_jax.calibrate(model, [b["image"] for b in context.calibration_batches()])
+        stp_jax.calibrate(model, [b["input"] for b in context.calibration_batches()])
         targets = dict.fromkeys(stp_jax.budgets(model), 4)
         epochs = steps / context.steps_per_epoch
-        stage = train.Stage("guided", 1, epochs, 0.01, distill=0.5, guide_to=targets)
+        stage = train.Training("guided", epochs, 0.01, distill=0.5, guide_to=targets)
         watch = Watch(context.train_iterator(1), max(1, steps // 10), context.steps_per_epoch)
         object.__setattr__(context, "train_iterator", lambda _: watch)
         began = time.monotonic()

@@ -248,23 +248,23 @@ def _dataset(name: str, data_dir: str | None, on_corrupt: str) -> Any:
 def _context(config: Config, workdir: Path, console: Console) -> Any:
     from experiments.context import make_context
 
-    dataset = _dataset(config.data, config.data_dir, config.on_corrupt)
+    images = _dataset(config.data, config.data_dir, config.on_corrupt)
+    dataset = data.ImageData(dataset=images, augment=config.augment, image_size=config.image_size)
     return make_context(config, workdir, console, dataset=dataset)
 
 
 def _run(config: Config, workdir: Path, name: str, known: Mapping[str, float]) -> None:
     """One member, or what an interrupted run left of it; its console goes to a file."""
-    from experiments import report, train
-    from experiments.run import claim
-    from experiments.runtime.lock import locked
+    from experiments import report, stages
+    from experiments.runtime.workdir import claim_workdir, locked
 
-    claim(workdir, name, config)
+    claim_workdir(workdir, name, config)
     if not (workdir / "stages.json").exists():
         # What the shared start has by itself was measured once.
         write_json(workdir / "stages.json", {"top1": dict(known)})
     with locked(workdir), (workdir / "console.txt").open("a") as file:
         context = _context(config, workdir, Console(file=file, width=120))
-        outcome = train.train(context)
+        outcome = stages.train(context)
         report.write_results(context, outcome, name)
 
 

@@ -13,12 +13,24 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
+from stp_jax.cost import Resource
 from stp_jax.data import AUGMENTATIONS
 from stp_jax.models import MODELS, model_options
-from stp_jax.quant.allocation import Resource
-from stp_jax.terms import Encoding, Method, max_budget
+from stp_jax.terms import ENCODINGS, Encoding, Method, max_budget
+
+# The method as a whole; see `experiments.stages`.
+STAGE_NAMES = (
+    "float",
+    "int8",
+    "allocated",
+    "guided",
+    "projected",
+    "budgeted",
+    "retrained",
+    "integer",
+)
 
 
 class ConfigError(ValueError):
@@ -46,8 +58,9 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"  # to compute in; parameters stay float32
     init_from: str | None = None  # PyTorch weights, or another run's float.safetensors
 
-    # Training. Epochs may be fractions; 0 leaves a stage out.
+    # Training. Epochs may be fractions; 0 leaves a stage's training out.
     seed: int = 0
+    stages: tuple[str, ...] = STAGE_NAMES  # what a run does, in this order (`experiments.stages`)
     optimizer: Literal["sgd", "adamw"] = "sgd"
     batch_size: int = 128
     eval_batch_size: int = 256
@@ -156,7 +169,11 @@ def _check(c: Config) -> None:
         "terms_per_weight",
         f"from {1 / c.group_size:g} (one term per group) to {most / c.group_size:g}",
     )
-    if c.budget is None and c.budgets is None and (c.encoding != "naf" or c.method != "optimal"):
+    if (
+        c.budget is None
+        and c.budgets is None
+        and not (ENCODINGS[c.encoding].convex and c.method == "optimal")
+    ):
         raise ConfigError(
             "budgets are allocated for encoding=naf and method=optimal only; set budget or budgets"
         )
@@ -204,7 +221,7 @@ def _check_model_options(c: Config) -> None:
 
 def check_choices(config: Any) -> None:
     """Raises ConfigError if a field whose type names its values holds another one."""
-    hints = typing.get_type_hints(type(config))
+    hints = typing.get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
         named, value = choices(hints[field.name]), getattr(config, field.name)
         if named and value not in named:
@@ -214,7 +231,12 @@ def check_choices(config: Any) -> None:
 
 
 def choices(hint: Any) -> tuple[Any, ...]:
-    """The values that a Literal type, or an optional one, admits; () for other types."""
+    """The values that a Literal type, a registry's key, or an optional one admits; () for others.
+
+    A registry's key is ``Annotated[str, registry]``, as `stp_jax.terms.Encoding` is.
+    """
+    if typing.get_origin(hint) is Annotated:
+        return tuple(hint.__metadata__[0])
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         named = tuple(choice for part in typing.get_args(hint) for choice in choices(part))
         return (*named, None) if named else ()
@@ -223,6 +245,8 @@ def choices(hint: Any) -> tuple[Any, ...]:
 
 def _parse(key: str, text: str, hint: Any) -> Any:
     """The value that the text of ``--set key=text`` stands for."""
+    if typing.get_origin(hint) is tuple:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
     parts = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
     if type(None) in parts and text.lower() in ("none", ""):
         return None
@@ -261,6 +285,7 @@ def override(config: AnyConfig, settings: Sequence[str]) -> AnyConfig:
         or its value is wrong.
     """
     hints = typing.get_type_hints(type(config))
+    keys = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
     changes: dict[str, Any] = {}
     options: dict[str, str] = {}
     for setting in settings:
@@ -273,10 +298,11 @@ def override(config: AnyConfig, settings: Sequence[str]) -> AnyConfig:
                 raise ConfigError("model_options are set one by one, as model_options.depth=4")
             options[option] = text
             continue
-        if key not in hints:
-            alike = functools.partial(difflib.get_close_matches, key, hints)
-            near = alike(cutoff=0.8) or alike() or sorted(hints)
-            raise ConfigError(f"unknown key {key!r}; did you mean {', '.join(near)}?")
+        if key not in keys:
+            alike = functools.partial(difflib.get_close_matches, key, keys)
+            near = alike(cutoff=0.8) or alike()
+            hint = f"did you mean {', '.join(near)}?" if near else "--help lists the keys"
+            raise ConfigError(f"unknown key {key!r}; {hint}")
         changes[key] = _parse(key, text, hints[key])
     if not isinstance(config, Config):
         return dataclasses.replace(config, **changes)  # type: ignore[type-var]
@@ -291,12 +317,14 @@ def override(config: AnyConfig, settings: Sequence[str]) -> AnyConfig:
 
 def differences(ours: Any, theirs: Mapping[str, Any]) -> list[str]:
     """What differs in effect from a stored configuration, as ``key: theirs → ours``."""
-    mine = json.loads(json.dumps(dataclasses.asdict(ours)))
+    mine, stored = (json.loads(json.dumps(x)) for x in (dataclasses.asdict(ours), dict(theirs)))
+    # A run of an older version did what a key that it did not know has as its default.
+    stored = {**json.loads(json.dumps(dataclasses.asdict(type(ours)()))), **stored}
     keys = [key for key in mine if key not in getattr(ours, "BOOKKEEPING", ())]
     return [
-        f"{key}: {theirs.get(key)!r} → {mine[key]!r}"
+        f"{key}: {stored.get(key)!r} → {mine[key]!r}"
         for key in keys
-        if theirs.get(key) != mine[key]
+        if stored.get(key) != mine[key]
     ]
 
 

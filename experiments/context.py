@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,23 @@ from experiments.config import Config, ConfigError
 from experiments.runtime import sharding
 from stp_jax import data, export, models
 
+_CALIBRATION_SEED = 0  # not the run's: runs that differ in their seed calibrate alike
+
+
+# The streams of the stages that runs have always had; others follow from their names.
+_STREAMS = {"float": 0, "guided": 1, "retrained": 2, "budgeted": 3, "batch_norm": 8}
+
+
+def data_seed(seed: int, stage: str) -> int:
+    """The seed of a stage's order of examples, in [0, 2³²).
+
+    >>> data_seed(2, "retrained")
+    34
+    """
+    if stage in _STREAMS:
+        return (seed * 16 + _STREAMS[stage]) % 2**32
+    return zlib.crc32(f"{seed}/{stage}".encode())
+
 
 @dataclasses.dataclass(frozen=True)
 class Context:
@@ -27,7 +44,7 @@ class Context:
 
     config: Config
     workdir: Path
-    dataset: Any  # data.Dataset; data.TextDataset in a TextContext
+    dataset: data.TrainingData
     console: Console
     mesh: jax.sharding.Mesh
 
@@ -44,97 +61,56 @@ class Context:
             for key, value in batch.items()
         }
 
-    def example_input(self) -> jax.ShapeDtypeStruct:
-        """The shape of one image as the model sees it."""
-        height, width, channels = self.dataset.image_shape
-        if self.config.image_size is not None:
-            height = width = self.config.image_size
-        return jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
-
-    def model_options(self) -> dict[str, Any]:
-        """What models take from the data, among their options."""
-        _, height, width, channels = self.example_input().shape
-        return {
-            "in_channels": channels,
-            "in_features": height * width * channels,
-            "image_size": height,
-        }
-
-    def train_iterator(self, stage: int) -> Any:
-        """Batches for a stage; each stage draws its own order."""
+    def train_iterator(self, stage: str) -> Any:
+        """Batches for a stage, by its name; each stage draws its own order."""
         c = self.config
-        return data.train_iterator(
-            self.dataset,
+        return self.dataset.train_batches(
             batch_size=c.batch_size,
-            seed=c.seed * 16 + stage,
-            augment=c.augment,
-            image_size=c.image_size,
+            seed=data_seed(c.seed, stage),
             shard_index=jax.process_index(),
             shard_count=jax.process_count(),
-        )
-
-    def eval_batches(self, batch_size: int, *, split: str = "test", **shard: int) -> Any:
-        """A split in order, without augmentation, as batches with a mask."""
-        return data.eval_batches(
-            self.dataset,
-            batch_size=batch_size,
-            image_size=self.config.image_size,
-            split=split,
-            **shard,
         )
 
     def calibration_batches(self) -> list[dict[str, jax.Array]]:
-        """A few training examples as evaluation sees them, the same in every run."""
-        batches = self.eval_batches(
-            self.config.batch_size,
+        """Training examples as evaluation sees them, drawn at random; the same in every run."""
+        c = self.config
+        number = min(c.calibration_batches * c.batch_size, len(self.dataset.train))
+        # Not the first ones, which are of one class where examples come in the order of classes.
+        drawn = np.random.default_rng(_CALIBRATION_SEED).permutation(len(self.dataset.train))
+        batches = self.dataset.eval_batches(
+            batch_size=c.batch_size,
             split="train",
+            indices=drawn[:number],
             shard_index=jax.process_index(),
             shard_count=jax.process_count(),
         )
-        some = itertools.islice(batches, self.config.calibration_batches)
-        return [self.to_devices(batch) for batch in some]
+        return [self.to_devices(batch) for batch in batches]
 
 
-@dataclasses.dataclass(frozen=True)
-class TextContext(Context):
-    """The same for a language model: characters in, the next characters as labels."""
-
-    def example_input(self) -> jax.ShapeDtypeStruct:
-        """The shape of one window of characters."""
-        return jax.ShapeDtypeStruct((1, self.dataset.window), jnp.int32)
-
-    def model_options(self) -> dict[str, Any]:
-        """Nothing beside the vocabulary."""
-        return {}
-
-    def train_iterator(self, stage: int) -> Any:
-        """Batches for a stage; each stage draws its own order."""
-        return data.text_train_iterator(
-            self.dataset,
-            batch_size=self.config.batch_size,
-            seed=self.config.seed * 16 + stage,
-            shard_index=jax.process_index(),
-            shard_count=jax.process_count(),
-        )
-
-    def eval_batches(self, batch_size: int, *, split: str = "test", **shard: int) -> Any:
-        """A split in order as batches with a mask."""
-        return data.text_eval_batches(self.dataset, batch_size=batch_size, split=split, **shard)
+# Data other than images, by the value of the key ``data``.
+DATA: dict[str, Callable[[Config], data.TrainingData]] = {
+    data.TEXT: lambda config: data.load_text(window=config.window),
+}
 
 
-def load_data(config: Config) -> Any:
-    """Text or images, as the configuration names them.
+def load_data(config: Config) -> data.TrainingData:
+    """What the configuration names: an entry of `DATA`, or images (`stp_jax.data.load`).
 
     Raises:
       ValueError: the data are not there; the message says how to get them.
     """
-    if config.data == data.TEXT:
-        return data.load_text(window=config.window)
-    return data.load(config.data, data_dir=config.data_dir, on_corrupt=config.on_corrupt)
+    if config.data in DATA:
+        return DATA[config.data](config)
+    dataset = data.load(config.data, data_dir=config.data_dir, on_corrupt=config.on_corrupt)
+    return data.ImageData(dataset=dataset, augment=config.augment, image_size=config.image_size)
 
 
 def make_context(
-    config: Config, workdir: Path, console: Console, *, dataset: Any = None
+    config: Config,
+    workdir: Path,
+    console: Console,
+    *,
+    dataset: data.TrainingData | None = None,
 ) -> Context:
     """Loads the data, unless they are given, and lays out the devices.
 
@@ -146,26 +122,29 @@ def make_context(
     for key in ("batch_size", "eval_batch_size"):
         if getattr(config, key) % devices:
             raise ConfigError(f"{key} must be a multiple of the {devices} devices")
-    kind = TextContext if config.data == data.TEXT else Context
     if dataset is None:
         dataset = load_data(config)
     if config.batch_size > len(dataset.train):
-        what = "windows" if kind is TextContext else "images"
         raise ConfigError(
-            f"batch_size {config.batch_size} is more than the {len(dataset.train)} training {what}"
+            f"batch_size {config.batch_size} is more than the {len(dataset.train)} training "
+            "examples"
         )
-    return kind(config, workdir, dataset, console, sharding.make_mesh())
+    return Context(config, workdir, dataset, console, sharding.make_mesh())
 
 
 def make_model(context: Context) -> nnx.Module:
-    """The float model, from random or published weights.
+    """The float model of a run; see `make_float_model`."""
+    return make_float_model(context.config, context.dataset)
+
+
+def make_float_model(config: Config, dataset: data.TrainingData) -> nnx.Module:
+    """The float model that a configuration names, from random or published weights.
 
     Raises:
       ConfigError: an option is out of the model's range, or the weights do not fit it.
     """
-    config = context.config
     known = models.model_options(config.model)
-    options = {key: v for key, v in context.model_options().items() if key in known}
+    options = {key: v for key, v in dataset.model_options().items() if key in known}
     options |= {key: getattr(config, key) for key in ("stem", "width") if getattr(config, key)}
     options |= config.model_options
     if config.dtype != "float32":
@@ -173,7 +152,7 @@ def make_model(context: Context) -> nnx.Module:
     try:
         model = models.create(
             config.model,
-            num_classes=context.dataset.num_classes,
+            num_classes=dataset.num_classes,
             rngs=nnx.Rngs(config.seed),
             **options,
         )
@@ -193,7 +172,7 @@ def check_model(context: Context) -> None:
         abstract = nnx.eval_shape(lambda: make_model(context))
     else:
         abstract = make_model(context)  # published weights are small, and must be read
-    example = context.example_input()
+    example = context.dataset.example_input()
     try:
         nnx.eval_shape(lambda model, x: model(x), abstract, example)
     except (TypeError, ValueError) as error:
@@ -210,20 +189,20 @@ def check_model(context: Context) -> None:
     if config.budgets is not None:
         shapes = nnx.eval_shape(lambda model: stp_jax.quantize(model, policy), abstract)
         quantized = stp_jax.quantized_layers(shapes)
-        rules = {path: layer.quantizer.rule for path, layer in quantized.items()}
+        rules = {path: layer.rule for path, layer in quantized.items()}
         read_budgets(config, [path for path, rule in rules.items() if rule.budget is not None])
 
 
 def make_policy(config: Config, model: nnx.Module) -> stp_jax.Policy:
-    """Int8 in the layers that the model spares, or that are named; group budgets elsewhere."""
-    return models.default_policy(
+    """Int8 in the layers that the model exempts, or that are named; group budgets elsewhere."""
+    return stp_jax.default_policy(
         model,
         budget=config.max_budget,
         group_size=config.group_size,
         encoding=config.encoding,
         method=config.method,
         activation_bits=config.activation_bits,
-        all_terms=config.int8_layers,
+        exempt=config.int8_layers,
     )
 
 

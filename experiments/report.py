@@ -16,32 +16,10 @@ from rich.console import Console
 import stp_jax
 from experiments.context import Context
 from experiments.runtime.log import write_json
-from experiments.train import Outcome
+from experiments.stages import Outcome
 from stp_jax import export, hwmodel
 
 _PACKAGES = ("stp-jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain")
-_STAGES = ("float", "int8", "projected", "retrained", "integer")
-
-
-def evaluate_hardware(context: Context, outcome: Outcome) -> tuple[hwmodel.Report, hwmodel.Report]:
-    """The network on the int8 bit-parallel array and, with its trained terms, on the GPE array.
-
-    Layer shapes are traced from the model on one image; terms are counted in its integer weights.
-    """
-    c = context.config
-    network = hwmodel.trace(outcome.model, context.example_input(), name=c.model)
-    baseline = hwmodel.evaluate(
-        network, hwmodel.Array(rows=c.rows, cols=c.cols, pe=hwmodel.BitParallel(bits=8))
-    )
-    # The trained groups follow the input channels of one window position.
-    pe = hwmodel.GroupPE(group_size=c.group_size, encoding=c.encoding, grouping="channels")
-    ours = hwmodel.evaluate(
-        network,
-        hwmodel.Array(rows=c.rows, cols=c.cols, pe=pe),
-        budgets=outcome.budgets,
-        weights=stp_jax.integer_weights(outcome.model),
-    )
-    return baseline, ours
 
 
 def _terms(outcome: Outcome, encoding: Any) -> dict[str, Any]:
@@ -72,10 +50,14 @@ def _hardware_results(report: hwmodel.Report) -> dict[str, Any]:
 
 def write_results(context: Context, outcome: Outcome, name: str) -> dict[str, Any]:
     """Writes `results.json`, `model.safetensors` and plots; returns what the first one holds."""
-    baseline, ours = evaluate_hardware(context, outcome)
-    saving = hwmodel.computational_saving(baseline, ours)
-    with_encoder = hwmodel.computational_saving(baseline, ours, encoder=True)
     config = context.config
+    cost = stp_jax.evaluate_model(
+        outcome.model,
+        context.dataset.example_input(),
+        rows=config.rows,
+        cols=config.cols,
+        name=config.model,
+    )
     results = {
         "experiment": name,
         "dataset": context.dataset.description,
@@ -90,11 +72,11 @@ def write_results(context: Context, outcome: Outcome, name: str) -> dict[str, An
         "accelerator": {
             "array": f"{config.rows}×{config.cols}, input-stationary",
             "technology": f"{hwmodel.HOROWITZ_45NM.node_nm:g} nm",
-            "int8_bit_parallel": _hardware_results(baseline),
-            "group_pe": _hardware_results(ours),
+            "int8_bit_parallel": _hardware_results(cost.baseline),
+            "group_pe": _hardware_results(cost.report),
         },
-        "computational_energy_saving": float(saving),
-        "computational_energy_saving_with_encoder": float(with_encoder),
+        "computational_energy_saving": cost.saving,
+        "computational_energy_saving_with_encoder": cost.saving_with_encoder,
         "config": dataclasses.asdict(config),
         "versions": {p: importlib.metadata.version(p) for p in _PACKAGES}
         | {"python": platform.python_version()},
@@ -102,7 +84,7 @@ def write_results(context: Context, outcome: Outcome, name: str) -> dict[str, An
     export.save_packed(outcome.model, context.workdir / "model.safetensors")
     write_json(context.workdir / "results.json", results)
     _plot(context.workdir / "plots", results)
-    _print(context.console, results, ours)
+    _print(context.console, results, cost.report)
     return results
 
 
@@ -112,7 +94,7 @@ def _print(console: Console, results: dict[str, Any], ours: hwmodel.Report) -> N
     console.print(ours.table(), highlight=False, soft_wrap=True)
     console.print(
         "\ntop-1 "
-        + ", ".join(f"{stage} {top1[stage]:.2f} %" for stage in _STAGES if stage in top1)
+        + ", ".join(f"{stage} {top1[stage]:.2f} %" for stage in top1)
         + f"\nterms per weight {terms['budgeted_layers']:.3f} over the layers with budgets, "
         f"{terms['all_layers']:.3f} over all"
         + "\nkB: "
@@ -134,8 +116,7 @@ def _plot(folder: Path, results: dict[str, Any]) -> None:
     folder.mkdir(exist_ok=True)
 
     figure, axes = _figure()
-    stages = [stage for stage in _STAGES if stage in results["top1_percent"]]
-    values = [results["top1_percent"][stage] for stage in stages]
+    stages, values = zip(*results["top1_percent"].items(), strict=True)
     axes.bar_label(axes.bar(stages, values), fmt="%.2f")
     axes.set(ylabel="top-1 accuracy (%)", title=results["dataset"])
     axes.set_ylim(max(0, min(values) - 5), 100.5)

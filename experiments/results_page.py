@@ -115,6 +115,20 @@ def _projections(study: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _caveats(base: Mapping[str, Any]) -> list[str]:
+    """What the reader of older results must know."""
+    if "stages" in base or base["data"] != "folder":
+        return []
+    return [
+        "!!! warning",
+        "    These runs calibrated on the first training examples of a folder in the order of its "
+        "classes: images of one class. Input scales, allocated budgets, compensation and bias "
+        "correction rest on them. Runs draw these examples at random now; these were not "
+        "repeated yet. Settings were tried on the test images, and only STP learned from soft "
+        "labels: with soft labels for all, uniform budgets are within half a point of STP's.",
+    ]
+
+
 def page(results: Mapping[str, Any], study: Mapping[str, Any] | None = None) -> str:
     """The page in Markdown.
 
@@ -140,6 +154,7 @@ def page(results: Mapping[str, Any], study: Mapping[str, Any] | None = None) -> 
         "labels alone, as their papers do; STP also from the float model's soft labels. Groups "
         f"hold {base['group_size']} weights; first and last layer keep all terms of int8. "
         f"Device: {results['device']}.",
+        *_caveats(base),
         f"Float after these steps: **{_top1(float_row)} %**. Int8: {_top1(int8_row)} %.",
         "## Methods at equal terms per weight",
         "*Points below float* compares equal seeds. *Energy saving* is the int8 bit-parallel "

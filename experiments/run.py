@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import json
 import sys
 import typing
 from pathlib import Path
@@ -23,7 +21,6 @@ from experiments.config import (
     ConfigError,
     choices,
     config_sections,
-    differences,
     override,
 )
 
@@ -33,7 +30,7 @@ def _describe_keys(exp: str | None) -> str:
     known = exp in configs.names()
     config = configs.load(str(exp)).CONFIG if known else Config()
     whose = exp if known else "training runs (add --exp=NAME for those of NAME)"
-    lines, hints = [f"keys of {whose}:"], typing.get_type_hints(type(config))
+    lines, hints = [f"keys of {whose}:"], typing.get_type_hints(type(config), include_extras=True)
     for heading, keys in config_sections(type(config)).items():
         lines += ["", f"  {heading}"] if heading else [""]
         for key in keys:
@@ -94,41 +91,10 @@ def parser(exp: str | None = None) -> argparse.ArgumentParser:
     return result
 
 
-def claim(workdir: Path, name: str, config: Any) -> None:
-    """Makes the run's folder, or makes sure that it holds this very run.
-
-    Raises:
-      ConfigError: the folder holds something else, or a run of another configuration.
-    """
-    from experiments.runtime.log import write_json
-
-    stored = workdir / "config.json"
-    if stored.exists():
-        try:
-            theirs = json.loads(stored.read_text())
-            changed = differences(config, theirs["config"])
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise ConfigError(
-                f"{stored} is not a run's configuration; use another --workdir"
-            ) from None
-        if changed or theirs["experiment"] != name:
-            raise ConfigError(
-                f"{workdir} holds a run of {theirs['experiment']} with another configuration "
-                f"({'; '.join(changed) or 'same keys'}); use another --workdir"
-            )
-        return
-    # A kill while the configuration was written leaves a part of it, and nothing else.
-    if workdir.exists() and (
-        not workdir.is_dir() or {path.name for path in workdir.iterdir()} - {"config.json.partial"}
-    ):
-        raise ConfigError(f"{workdir} exists and is not a run's folder; use another --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(stored, {"experiment": name, "config": dataclasses.asdict(config)})
-
-
 def _sweep(options: argparse.Namespace, base: Any, console: Console) -> int:
     """A sweep, from the check of every member's settings to its table; the exit status."""
-    from experiments.runtime import interrupts
+    from experiments.runtime import processes
+    from experiments.runtime.workdir import claim_workdir
     from experiments.sweep import parse_sweep, run_sweep
 
     if options.jobs < 1:
@@ -145,7 +111,7 @@ def _sweep(options: argparse.Namespace, base: Any, console: Console) -> int:
         try:
             config = override(base, [*options.set, *member.arguments])
             if (workdir / member.name / "config.json").exists():
-                claim(workdir / member.name, options.exp, config)
+                claim_workdir(workdir / member.name, options.exp, config)
         except ConfigError as error:
             raise ConfigError(f"member {member.name}: {error}") from None
     slurm = None
@@ -162,7 +128,7 @@ def _sweep(options: argparse.Namespace, base: Any, console: Console) -> int:
             slurm=slurm,
             console=console,
         )
-    except interrupts.Interrupted as signal:
+    except processes.Interrupted as signal:
         print(f"{signal}; run the same command again to continue", file=sys.stderr)
         return 128 + signal.number
     if failed:
@@ -171,11 +137,11 @@ def _sweep(options: argparse.Namespace, base: Any, console: Console) -> int:
 
 
 def _join(options: argparse.Namespace) -> None:
-    from experiments.runtime import distributed
+    from experiments.runtime import processes
 
-    processes = (options.coordinator, options.num_processes, options.process_id)
+    given = (options.coordinator, options.num_processes, options.process_id)
     try:
-        distributed.start(*processes, detect=options.distributed)
+        processes.start(*given, detect=options.distributed)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"cannot join the processes of this run: {error}") from error
 
@@ -183,41 +149,47 @@ def _join(options: argparse.Namespace) -> None:
 def _train(config: Config, workdir: Path, name: str, console: Console) -> int:
     """A training run, from its checks to its report; the exit status."""
     # Only a sound configuration is worth the seconds that these imports take.
-    from experiments import report, train
+    from experiments import report, stages, train
     from experiments.context import check_model, make_context
-    from experiments.runtime import disk, distributed, interrupts
+    from experiments.runtime import processes
     from experiments.runtime.checkpoints import CheckpointError
-    from experiments.runtime.lock import locked
+    from experiments.runtime.workdir import (
+        claim_workdir,
+        disk_full_message,
+        disk_is_full,
+        locked,
+    )
 
-    if not distributed.is_first():
+    if not processes.is_first():
         console = Console(quiet=True)
 
     try:
         context = make_context(config, workdir, console)
         check_model(context)
+        stages.check_stages(config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
     def enter(stack: contextlib.ExitStack) -> None:
-        claim(workdir, name, config)
+        claim_workdir(workdir, name, config)
         stack.enter_context(locked(workdir))
 
     try:
-        with contextlib.ExitStack() as stack, interrupts.held():
-            distributed.from_first(lambda: enter(stack), failure=ConfigError)
-            outcome = train.train(context)
-            if distributed.is_first():
+        with contextlib.ExitStack() as stack, processes.deferred_signals():
+            processes.from_first(lambda: enter(stack), failure=ConfigError)
+            outcome = stages.train(context)
+            if processes.is_first():
                 report.write_results(context, outcome, name)
     except (train.TrainingError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except interrupts.Interrupted as signal:
+    except processes.Interrupted as signal:
         print(f"{signal}; run the same command again to continue", file=sys.stderr)
         return 128 + signal.number
     except Exception as error:
-        if not disk.is_full(error):
+        if not disk_is_full(error):
             raise
-        print(f"error: {disk.message(workdir)}", file=sys.stderr)
+        print(f"error: {disk_full_message(workdir)}", file=sys.stderr)
         return 1
     console.print(f"results: {workdir / 'results.json'}, plots: {workdir / 'plots'}")
     return 0
@@ -246,7 +218,9 @@ def main(arguments: list[str] | None = None) -> int:
         config = override(experiment.CONFIG, options.set)
         if isinstance(config, Config):
             return _train(config, workdir, options.exp, console)
-        claim(workdir, options.exp, config)
+        from experiments.runtime.workdir import claim_workdir
+
+        claim_workdir(workdir, options.exp, config)
         experiment.run(config, workdir, console)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

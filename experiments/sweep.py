@@ -25,7 +25,7 @@ import pandas as pd
 from rich.console import Console
 
 from experiments.config import ConfigError
-from experiments.runtime import interrupts
+from experiments.runtime import processes
 from experiments.runtime.log import write_json
 
 _LONGEST_NAME = 120  # characters; file systems stop at 255 bytes
@@ -174,21 +174,21 @@ class _Processes:
 
 def _run_here(commands: Mapping[Member, list[str]], logs: Path, jobs: int, told: Callable) -> None:
     """Runs members in processes of this machine; tells (member, exit status) of each."""
-    processes = _Processes()
-    with ThreadPoolExecutor(jobs) as pool, interrupts.held():
+    running = _Processes()
+    with ThreadPoolExecutor(jobs) as pool, processes.deferred_signals():
         futures: dict[Future, Member] = {
-            pool.submit(processes.run, command, logs / f"{member.name}.txt"): member
+            pool.submit(running.run, command, logs / f"{member.name}.txt"): member
             for member, command in commands.items()
         }
         pending = set(futures)
         while pending:
             done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
             for future in done:
-                if not processes.stopped:
+                if not running.stopped:
                     told(futures[future], future.result())
-            if interrupts.pending() and not processes.stopped:
-                processes.stop()
-        interrupts.check()
+            if processes.pending() and not running.stopped:
+                running.stop()
+        processes.check()
 
 
 def _run_as_jobs(

@@ -48,7 +48,7 @@ class Net(nnx.Module):
 
 
 def loss(model, batch):
-    logits = model(batch["image"])
+    logits = model(batch["input"])
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
 
@@ -71,7 +71,7 @@ def predict(model, image):
 
 
 def top1(model):
-    return 100 * float((predict(model, test["image"]) == test["label"]).mean())
+    return 100 * float((predict(model, test["input"]) == test["label"]).mean())
 
 
 model = Net(nnx.Rngs(0))
@@ -89,7 +89,7 @@ policy = stp_jax.Policy(
     [stp_jax.Rule(path="conv1|fc"), stp_jax.Rule(path=".*", budget=4, group_size=8)]
 )
 stp = stp_jax.quantize(model, policy)
-stp_jax.calibrate(stp, [next(data.train_iterator(digits, batch_size=256, seed=1))["image"]])
+stp_jax.calibrate(stp, [next(data.train_iterator(digits, batch_size=256, seed=1))["input"]])
 accuracy["projected"] = top1(stp)
 train(stp, steps=60, lr=0.01)  # the same loop: gradients pass straight through the projection
 accuracy["retrained"] = top1(stp)
@@ -126,18 +126,9 @@ plt.show()
 # Layer shapes are traced from the model, terms are counted in its trained integers.
 
 # %%
-network = hwmodel.trace(stp, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32))
-pe = hwmodel.GroupPE(group_size=8, grouping="channels")
-reports = {
-    "int8 multiply-accumulate": hwmodel.evaluate(network, hwmodel.Array(rows=16, cols=16)),
-    "group PE": hwmodel.evaluate(
-        network,
-        hwmodel.Array(rows=16, cols=16, pe=pe),
-        budgets=stp_jax.budgets(stp),
-        weights=weights,
-    ),
-}
-saving = hwmodel.computational_saving(*reports.values())
+cost = stp_jax.evaluate_model(stp, jnp.zeros((1, 8, 8, 1)), rows=16, cols=16)
+reports = {"int8 multiply-accumulate": cost.baseline, "group PE": cost.report}
+saving = cost.saving
 fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
 hwmodel.plot_energy(ax, reports, components=("array", "encoder", "registers", "sram"))
 ax.set_title(f"energy per image, 45 nm; array energy {saving:.2f} times lower")
@@ -166,7 +157,7 @@ policy = stp_jax.Policy(
 )
 linen = stp_jax.quantize(LinenNet(), policy)
 batches = data.train_iterator(digits, batch_size=64, seed=0)
-variables = linen.init(jax.random.key(0), next(batches)["image"])
+variables = linen.init(jax.random.key(0), next(batches)["input"])
 print(sorted(variables), linen.budgets(variables))
 
 # %% [markdown]
@@ -181,7 +172,7 @@ opt_state = tx.init(trained)
 @jax.jit
 def linen_step(trained, opt_state, batch):
     def loss(trained):
-        logits = linen.apply(trained | variables, batch["image"])
+        logits = linen.apply(trained | variables, batch["input"])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
     updates, opt_state = tx.update(jax.grad(loss)(trained), opt_state)
@@ -190,6 +181,6 @@ def linen_step(trained, opt_state, batch):
 
 for _ in range(150):
     trained, opt_state = linen_step(trained, opt_state, next(batches))
-found = linen.calibrate(trained | variables, [next(batches)["image"]])
-hits = linen.apply(found, test["image"]).argmax(axis=-1) == test["label"]
+found = linen.calibrate(trained | variables, [next(batches)["input"]])
+hits = linen.apply(found, test["input"]).argmax(axis=-1) == test["label"]
 print(f"top-1 {100 * hits.mean():.1f} % at {4 / 8} terms per weight")

@@ -22,7 +22,6 @@
 # the method is worth. Full-size comparisons belong to `experiments`.
 
 # %%
-import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
@@ -31,7 +30,7 @@ import pandas as pd
 from flax import nnx
 
 import stp_jax
-from stp_jax import data, hwmodel, terms
+from stp_jax import data, terms
 
 digits = data.load("digits")
 (test,) = data.eval_batches(digits, batch_size=360)
@@ -54,7 +53,7 @@ class Net(nnx.Module):
 
 
 def loss(model, batch):
-    logits = model(batch["image"])
+    logits = model(batch["input"])
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
 
@@ -80,7 +79,7 @@ def predict(model, image):
 
 
 def top1(model):
-    return 100 * float((predict(model, test["image"]) == test["label"]).mean())
+    return 100 * float((predict(model, test["input"]) == test["label"]).mean())
 
 
 model = Net(nnx.Rngs(0))
@@ -100,7 +99,7 @@ policy = stp_jax.Policy(
 start = stp_jax.quantize(model, policy)
 batches = data.train_iterator(digits, batch_size=64, seed=1)
 examples = [next(batches) for _ in range(4)]
-stp_jax.calibrate(start, [batch["image"] for batch in examples])
+stp_jax.calibrate(start, [batch["input"] for batch in examples])
 
 layers = list(stp_jax.budgets(start))
 groups = stp_jax.group_counts(start)
@@ -123,23 +122,17 @@ plt.show()
 # A 16×16 input-stationary array at 45 nm. Array energy is that of shifts and additions, or of
 # multiplications and additions for the int8 baseline; memory is the same for all and left out here.
 
+
 # %%
-network = hwmodel.trace(start, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32))
-baseline = hwmodel.evaluate(network, hwmodel.Array(rows=16, cols=16))
-pe = hwmodel.GroupPE(group_size=8, grouping="channels")
-
-
 def energy_nj(report):
     return 1e-3 * report.energy_pj["array"].sum()
 
 
-def hardware(model):
-    return hwmodel.evaluate(
-        network,
-        hwmodel.Array(rows=16, cols=16, pe=pe),
-        budgets=stp_jax.budgets(model),
-        weights=stp_jax.integer_weights(model),
-    )
+def cost(model):
+    return stp_jax.evaluate_model(model, jnp.zeros((1, 8, 8, 1)), rows=16, cols=16)
+
+
+baseline = cost(start).baseline
 
 
 # %% [markdown]
@@ -149,13 +142,11 @@ def hardware(model):
 # that is used at many positions costs more energy; the allocation pays by use.
 
 # %%
-uses = {layer.name: layer.P for layer in network}
-costs = {name: groups[name] * uses[name] for name in layers}
+costs = stp_jax.term_costs(start, jnp.zeros((1, 8, 8, 1)), per="energy")
 
 
 def allocated(mean):
-    total = mean * 8 * sum(costs.values())
-    return terms.allocate_budgets({name: curves[name] for name in layers}, costs, total)
+    return terms.allocate_budgets({name: curves[name] for name in layers}, costs, mean)
 
 
 retraining = optimizer_for(60, lr=0.02)  # the same object in every run, so one compiled step
@@ -168,7 +159,7 @@ for mean in (0.25, 0.375, 0.5, 0.75, 1.0, 1.5):
         stp_jax.search_weight_scales(stp)
         projected = top1(stp)
         train(stp, retraining, steps=60)
-        report = hardware(stp)
+        report = cost(stp).report
         rows.append(
             {
                 "budgets": choice,

@@ -9,26 +9,27 @@ import importlib as _importlib
 from typing import TYPE_CHECKING, Any
 
 from stp_jax.quant.allocation import allocate as allocate
-from stp_jax.quant.allocation import term_costs as term_costs
 from stp_jax.quant.bias import correct_bias as correct_bias
+from stp_jax.quant.budgets import budgets as budgets
+from stp_jax.quant.budgets import relax_budgets as relax_budgets
+from stp_jax.quant.budgets import relaxed_budgets as relaxed_budgets
+from stp_jax.quant.budgets import set_budgets as set_budgets
+from stp_jax.quant.calibration import calibrate as calibrate
+from stp_jax.quant.calibration import integer_weights as integer_weights
+from stp_jax.quant.calibration import project_params as project_params
+from stp_jax.quant.calibration import search_weight_scales as search_weight_scales
 from stp_jax.quant.compensation import compensate as compensate
+from stp_jax.quant.default_policy import default_policy as default_policy
 from stp_jax.quant.guidance import guidance as guidance
 from stp_jax.quant.integer import integer_model as integer_model
+from stp_jax.quant.layers import quantized_layers as quantized_layers
+from stp_jax.quant.linen import BoundModel as BoundModel
 from stp_jax.quant.linen import QuantizedModule as QuantizedModule
 from stp_jax.quant.nnx import ActivationScale as ActivationScale
 from stp_jax.quant.nnx import Budget as Budget
 from stp_jax.quant.nnx import RelaxedBudget as RelaxedBudget
 from stp_jax.quant.nnx import WeightScale as WeightScale
-from stp_jax.quant.nnx import budgets as budgets
-from stp_jax.quant.nnx import calibrate as calibrate
-from stp_jax.quant.nnx import integer_weights as integer_weights
 from stp_jax.quant.nnx import kernel_paths as kernel_paths
-from stp_jax.quant.nnx import project_params as project_params
-from stp_jax.quant.nnx import quantized_layers as quantized_layers
-from stp_jax.quant.nnx import relax_budgets as relax_budgets
-from stp_jax.quant.nnx import relaxed_budgets as relaxed_budgets
-from stp_jax.quant.nnx import search_weight_scales as search_weight_scales
-from stp_jax.quant.nnx import set_budgets as set_budgets
 from stp_jax.quant.policy import Policy as Policy
 from stp_jax.quant.policy import Rule as Rule
 from stp_jax.quant.policy import UnmatchedRuleError as UnmatchedRuleError
@@ -43,17 +44,24 @@ if TYPE_CHECKING:
     from stp_jax import hwmodel as hwmodel
     from stp_jax import models as models
     from stp_jax import terms as terms
+    from stp_jax.cost import ModelCost as ModelCost
+    from stp_jax.cost import evaluate_model as evaluate_model
+    from stp_jax.cost import group_pe as group_pe
+    from stp_jax.cost import term_costs as term_costs
 
 _PACKAGES = ("data", "export", "hwmodel", "models", "terms")
+_COSTS = ("ModelCost", "evaluate_model", "group_pe", "term_costs")  # need the accelerator
 
 
 def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return _importlib.import_module(f"stp_jax.{name}")
+    if name in _COSTS:
+        return getattr(_importlib.import_module("stp_jax.cost"), name)
     if name == "__version__":
         return _importlib.import_module("importlib.metadata").version("stp-jax")
     raise AttributeError(f"module 'stp_jax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PACKAGES, "__version__"})
+    return sorted({*globals(), *_PACKAGES, *_COSTS, "__version__"})

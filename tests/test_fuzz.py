@@ -41,7 +41,7 @@ def mostly(strategy):
     return st.one_of(strategy, strategy, strategy, junk)
 
 
-encodings = mostly(st.sampled_from(terms.ENCODINGS))
+encodings = mostly(st.sampled_from(list(terms.ENCODINGS)))
 bits = mostly(st.integers(1, 10))  # what a table of all values is made of in no time
 integers = mostly(st.lists(st.integers(-140, 140), max_size=6))
 
@@ -63,7 +63,7 @@ def test_encode_writes_digits_that_decode_or_refuses(q, encoding, bits):
     group_size=mostly(st.integers(1, 3)),
     budget=mostly(st.integers(0, 6)),
     axis=mostly(st.just(0)),
-    method=mostly(st.sampled_from(terms.METHODS)),
+    method=mostly(st.sampled_from(list(terms.METHODS))),
     encoding=encodings,
     bits=mostly(st.sampled_from([4, 8])),
 )
@@ -123,7 +123,7 @@ rules = st.fixed_dictionaries(
         "budget": mostly(st.integers(0, 32)),
         "group_size": mostly(st.integers(1, 16)),
         "encoding": encodings,
-        "method": mostly(st.sampled_from(terms.METHODS)),
+        "method": mostly(st.sampled_from(list(terms.METHODS))),
         "bits": mostly(st.integers(2, 8)),
         "weight_scale": mostly(st.sampled_from(["max", "search", "learned"])),
         "activations": mostly(st.sampled_from(["none", "dynamic", "calibrated", "learned"])),

@@ -26,7 +26,6 @@ from experiments.comparison import numbers, parse_base
 from experiments.config import ConfigError
 from experiments.runtime.log import write_json
 from stp_jax.terms import project
-from stp_jax.terms.quantizers import merge_axes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ def _quantized(context: Any, model: nnx.Module, **changes: Any) -> nnx.Module:
 
     config = dataclasses.replace(context.config, **changes)
     stp = stp_jax.quantize(model, make_policy(config, model))
-    stp_jax.calibrate(stp, [batch["image"] for batch in context.calibration_batches()])
+    stp_jax.calibrate(stp, [batch["input"] for batch in context.calibration_batches()])
     return stp
 
 
@@ -58,29 +57,29 @@ def _weigh(model: nnx.Module, importance: Mapping[str, Any]) -> None:
     """Puts the kernels on the few-term values of least weighted error, scales included."""
     importance = {path: importance[path] + jnp.float32(1e-12) for path in stp_jax.budgets(model)}
     stp_jax.search_weight_scales(model, importance=importance)
-    for path, (layer, quantizer) in stp_jax.quantized_layers(model).items():
-        rule, axes = quantizer.rule, quantizer.axes.groups
+    for path, layer in stp_jax.quantized_layers(model).items():
+        rule, axes = layer.rule, layer.format.axes.groups
         if rule.budget is None:
             continue
-        kernel, weights = layer.kernel[...], importance[path]
-        scale = quantizer.kernel_scale(kernel)
-        shape, axis = merge_axes(kernel.shape, axes)
+        kernel, weights = layer.kernel, importance[path]
+        scale = layer.scale
+        shape, axis = rule.format.layout(axes).merged(kernel.shape)
         integers = project(
             (kernel / scale).reshape(shape),
             group_size=rule.group_size,
-            budget=quantizer.budget[...],
+            budget=layer.budget,
             axis=axis,
             limit=rule.format.largest,
             importance=weights.reshape(shape),
         )
-        layer.kernel[...] = scale * integers.reshape(kernel.shape).astype(kernel.dtype)
+        layer.kernel = scale * integers.reshape(kernel.shape).astype(kernel.dtype)
 
 
 def _ways(context: Any, model: nnx.Module, budget: int) -> dict[str, nnx.Module]:
     """Name → the float model projected in that way."""
-    from experiments import train
+    from experiments import stages, train
 
-    inputs = [batch["image"] for batch in context.calibration_batches()]
+    inputs = [batch["input"] for batch in context.calibration_batches()]
     exact = _quantized(context, model)
     budgets = dict.fromkeys(stp_jax.budgets(exact), budget)
 
@@ -99,7 +98,7 @@ def _ways(context: Any, model: nnx.Module, budget: int) -> dict[str, nnx.Module]
         "exact, scales searched": at_budget(exact),
     }
     weighted = at_budget(exact)
-    _weigh(weighted, train.squared_gradients(context, exact))
+    _weigh(weighted, stages.squared_gradients(context, exact))
     ways["exact, scales searched, errors weighted"] = weighted
     for name in ("greedy, scales searched", "exact, scales searched"):
         corrected = nnx.clone(ways[name])
@@ -127,7 +126,7 @@ def run(config: ProjectionConfig, workdir: Path, console: Console) -> None:
     model = make_model(context)
     if base.float_epochs:
         model = train.train_stage(
-            context, model, train.Stage("float", 0, base.float_epochs, base.float_lr)
+            context, model, train.Training("float", base.float_epochs, base.float_lr)
         )
     elif base.init_from is None:
         raise ConfigError("float_epochs=0 needs init_from, the weights to project")

@@ -72,8 +72,8 @@ WHY_CLAIMS_DIFFER = (
 )
 
 
-def _operands(config: HardwareConfig) -> tuple[hwmodel.Network, Any, Any, Any]:
-    """The network with its int8 weights, the same projected, and its int8 activations."""
+def _workload(config: HardwareConfig) -> tuple[Any, hwmodel.Network, Any, Any]:
+    """The projected model, its network, its weights before in int8, and its int8 activations."""
     model: Any = models.create("resnet18", num_classes=1000, rngs=nnx.Rngs(config.seed))
     if config.init_from is not None:
         try:
@@ -93,10 +93,10 @@ def _operands(config: HardwareConfig) -> tuple[hwmodel.Network, Any, Any, Any]:
     activations = hwmodel.record_activations(model, image)
     weights = stp_jax.integer_weights(model)
     stp_jax.set_budgets(model, dict.fromkeys(stp_jax.budgets(model), config.budget))
-    return network, weights, stp_jax.integer_weights(model), activations
+    return model, network, weights, activations
 
 
-def _designs(config: HardwareConfig, network, weights, pruned, activations) -> dict[str, Any]:
+def _designs(model: Any, network: hwmodel.Network, weights, activations) -> dict[str, Any]:
     def array(pe: Any) -> hwmodel.Array:
         return hwmodel.Array(rows=32, cols=32, pe=pe)
 
@@ -112,23 +112,24 @@ def _designs(config: HardwareConfig, network, weights, pruned, activations) -> d
         designs[type(pe).__name__] = hwmodel.Design(
             array=array(pe), weights=weights, activations=activations
         )
-    budgets = dict.fromkeys(network.names, config.budget) | {"conv1": None, "fc": None}
-    options: dict[str, Any] = {"group_size": 8, "grouping": "channels"}
+    group_pe, pruned = stp_jax.group_pe(model), stp_jax.integer_weights(model)
     term_pes = {
-        "TermMac": hwmodel.TermMac(**options),
-        "GroupPE": hwmodel.GroupPE(**options),
-        "GroupPE packed": hwmodel.GroupPE(packed=True, **options),
+        "TermMac": hwmodel.TermMac(group_size=group_pe.group_size, grouping=group_pe.grouping),
+        "GroupPE": group_pe,
+        "GroupPE packed": stp_jax.group_pe(model, packed=True),
     }
     for name, term_pe in term_pes.items():
-        designs[name] = hwmodel.Design(array=array(term_pe), budgets=budgets, weights=pruned)
+        designs[name] = hwmodel.Design(
+            array=array(term_pe), budgets=stp_jax.budgets(model), weights=pruned
+        )
     return designs
 
 
 def run(config: HardwareConfig, workdir: Path, console: Console) -> None:
     """Prints the comparison and writes it to `results.json`."""
-    network, weights, pruned, activations = _operands(config)
+    model, network, weights, activations = _workload(config)
     source = config.init_from or "He-initialised, untrained"
-    designs = _designs(config, network, weights, pruned, activations)
+    designs = _designs(model, network, weights, activations)
     frame = hwmodel.compare(network, designs, by=config.by).drop(columns="pe")
     print(f"weights: {source}; activations: one image of noise; first and last layer int8")
     with pd.option_context("display.width", 200, "display.max_columns", None):

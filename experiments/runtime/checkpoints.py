@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from experiments.runtime.distributed import from_first, is_first
 from experiments.runtime.manifest import find_damage, write_manifest
+from experiments.runtime.processes import from_first, is_first
 
 
 class CheckpointError(RuntimeError):
@@ -26,7 +26,7 @@ class _Manager(ocp.CheckpointManager):
     """Orbax's, which leaves JAX's preemption service alone: its step numbers are the run's own."""
 
     def reached_preemption(self, step: int) -> bool:
-        """Never; see `interrupts.pending`."""
+        """Never; see `processes.pending`."""
         return False
 
 

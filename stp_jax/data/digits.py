@@ -18,6 +18,13 @@ MAX_VALUE = 16  # a pixel counts the dark points of a 4×4 block
 TEST_EVERY = 5
 
 
+class _LocalInfo(tfds.core.DatasetInfo):
+    """Information that comes with the builder."""
+
+    def initialize_from_bucket(self) -> None:
+        """Nothing: TFDS would look for it on a server and leave a temporary folder behind."""
+
+
 class Digits(tfds.core.GeneratorBasedBuilder):
     """Builder of 1437 training and 360 test images.
 
@@ -29,7 +36,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
+        return _LocalInfo(
             builder=self,
             description="scikit-learn's handwritten digits",
             # Image features encode through TensorFlow; a plain tensor does not.

@@ -5,17 +5,18 @@ are drawn for the global batch, of which each process reads its share. So the st
 is one index, and the examples of a step are the same for any number of processes.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 
 from stp_jax.data.augment import AUGMENTATIONS, Size, center_crop
 from stp_jax.data.datasets import Dataset
+from stp_jax.data.protocol import Batch
 from stp_jax.data.sources import Fit, MemorySource, Source
-
-Batch = dict[str, np.ndarray]
 
 # Batches under way ahead of the training step; a streamed batch decodes in threads of its own.
 READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
@@ -112,7 +113,7 @@ def train_iterator(
       num_epochs: passes over the data; None goes on for ever.
 
     Returns:
-      An iterator over {"image": float32 (batch_size/shard_count, H, W, C), normalised,
+      An iterator over {"input": float32 (batch_size/shard_count, H, W, C), normalised,
       "label": int32 (batch_size/shard_count,)}.
 
     Raises:
@@ -142,7 +143,7 @@ def train_iterator(
         images, labels = dataset.train.fetch(indices[shard_index::shard_count], fit)
         if augmentation.batch is not None:
             images = augmentation.batch(images, uniform)
-        return {"image": normalise(images), "label": labels}
+        return {"input": normalise(images), "label": labels}
 
     batches = (
         grain.MapDataset.range(len(dataset.train))
@@ -161,6 +162,7 @@ def eval_batches(
     batch_size: int,
     image_size: int | Size | None = None,
     split: str = "test",
+    indices: np.ndarray | None = None,
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> Iterator[Batch]:
@@ -175,11 +177,12 @@ def eval_batches(
       image_size: side or (height, width) of the images, cut from the middle; by default the data
         set's.
       split: "test" or "train" (without augmentation).
+      indices: which examples, in this order; all of the split by default.
       shard_index: which share of each batch to read.
       shard_count: number of shares.
 
     Returns:
-      An iterator over {"image": float32 (B, H, W, C), "label": int32 (B,), "mask": float32 (B,)}
+      An iterator over {"input": float32 (B, H, W, C), "label": int32 (B,), "mask": float32 (B,)}
       with B = batch_size/shard_count.
 
     Raises:
@@ -189,15 +192,98 @@ def eval_batches(
     if split not in ("train", "test"):
         raise ValueError(f'split must be "train" or "test", got {split!r}')
     source: Source = getattr(dataset, split)
+    chosen = np.arange(len(source)) if indices is None else indices
     fit = _center_fit(dataset, _target_size(dataset, image_size))
     normalise = _normaliser(dataset)
     _warm(source)
 
     def read(step: int) -> dict[str, Any]:
         positions = np.arange(step * batch_size + shard_index, (step + 1) * batch_size, shard_count)
-        images, labels = source.fetch(np.minimum(positions, len(source) - 1), fit)
-        mask = (positions < len(source)).astype(np.float32)
-        return {"image": normalise(images), "label": labels, "mask": mask}
+        images, labels = source.fetch(chosen[np.minimum(positions, len(chosen) - 1)], fit)
+        mask = (positions < len(chosen)).astype(np.float32)
+        return {"input": normalise(images), "label": labels, "mask": mask}
 
-    steps = -(-len(source) // batch_size)
+    steps = -(-len(chosen) // batch_size)
     return iter(grain.MapDataset.range(steps).map(read).to_iter_dataset(READ_OPTIONS))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageData:
+    """A data set of images as training reads it; a `stp_jax.data.TrainingData`."""
+
+    dataset: Dataset
+    augment: str = "none"  # of training images; a key of `AUGMENTATIONS`
+    image_size: int | Size | None = None  # side or (height, width); None keeps the data set's
+
+    @property
+    def name(self) -> str:
+        """Short name."""
+        return self.dataset.name
+
+    @property
+    def description(self) -> str:
+        """One line for results: what was really read."""
+        return self.dataset.description
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return self.dataset.num_classes
+
+    @property
+    def train(self) -> Source:
+        """The training images."""
+        return self.dataset.train
+
+    @property
+    def test(self) -> Source:
+        """The test images."""
+        return self.dataset.test
+
+    def example_input(self) -> jax.ShapeDtypeStruct:
+        """The shape of one image, (1, H, W, C)."""
+        size = _target_size(self.dataset, self.image_size)
+        return jax.ShapeDtypeStruct((1, *size, self.dataset.image_shape[2]), np.float32)
+
+    def model_options(self) -> dict[str, Any]:
+        """Channels, values and side of an image."""
+        _, height, width, channels = self.example_input().shape
+        return {
+            "in_channels": channels,
+            "in_features": height * width * channels,
+            "image_size": height,
+        }
+
+    def train_batches(
+        self, *, batch_size: int, seed: int, shard_index: int = 0, shard_count: int = 1
+    ) -> grain.DatasetIterator[Batch]:
+        """As `train_iterator`."""
+        return train_iterator(
+            self.dataset,
+            batch_size=batch_size,
+            seed=seed,
+            augment=self.augment,
+            image_size=self.image_size,
+            shard_index=shard_index,
+            shard_count=shard_count,
+        )
+
+    def eval_batches(
+        self,
+        *,
+        batch_size: int,
+        split: str = "test",
+        indices: np.ndarray | None = None,
+        shard_index: int = 0,
+        shard_count: int = 1,
+    ) -> Iterator[Batch]:
+        """As the function `eval_batches`."""
+        return eval_batches(
+            self.dataset,
+            batch_size=batch_size,
+            image_size=self.image_size,
+            split=split,
+            indices=indices,
+            shard_index=shard_index,
+            shard_count=shard_count,
+        )

@@ -9,13 +9,16 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import grain
+import jax
 import numpy as np
 
-from stp_jax.data.pipeline import READ_OPTIONS, Batch
+from stp_jax.data.pipeline import READ_OPTIONS
+from stp_jax.data.protocol import Batch
 
-NAME = "python_docs"
+TEXT = "python_docs"  # the name of the data
 VOCABULARY = "\n" + "".join(map(chr, range(32, 127)))  # line feed and printable ASCII
 TEST_EVERY = 10  # every tenth run of characters is for testing
 _RUN = 4096  # characters; long enough that few windows end at a border
@@ -23,7 +26,10 @@ _RUN = 4096  # characters; long enough that few windows end at a border
 
 @dataclass(frozen=True, kw_only=True)
 class TextDataset:
-    """Windows of characters and what follows them; characters are indices of `VOCABULARY`."""
+    """Windows of characters and what follows them; a `stp_jax.data.TrainingData`.
+
+    Characters are indices of `VOCABULARY`; an example's label is the next character of each.
+    """
 
     name: str
     version: str
@@ -36,6 +42,58 @@ class TextDataset:
     def num_classes(self) -> int:
         """Size of the vocabulary."""
         return len(VOCABULARY)
+
+    def example_input(self) -> jax.ShapeDtypeStruct:
+        """The shape of one window, (1, window)."""
+        return jax.ShapeDtypeStruct((1, self.window), np.int32)
+
+    def model_options(self) -> dict[str, Any]:
+        """Nothing beside the vocabulary."""
+        return {}
+
+    def train_batches(
+        self, *, batch_size: int, seed: int, shard_index: int = 0, shard_count: int = 1
+    ) -> grain.DatasetIterator[Batch]:
+        """Shuffled training windows for ever; the position can be saved and restored.
+
+        Returns:
+          An iterator over {"input": int32 (B, window), "label": int32 (B, window)} with
+          B = batch_size/shard_count.
+        """
+
+        def read(indices: np.ndarray) -> Batch:
+            return _example(self.train[indices[shard_index::shard_count]])
+
+        batches = (
+            grain.MapDataset.range(len(self.train))
+            .seed(seed)
+            .shuffle()
+            .batch(batch_size, drop_remainder=True)
+            .repeat()
+            .map(read)
+        )
+        return iter(batches.to_iter_dataset(READ_OPTIONS))
+
+    def eval_batches(
+        self,
+        *,
+        batch_size: int,
+        split: str = "test",
+        indices: np.ndarray | None = None,
+        shard_index: int = 0,
+        shard_count: int = 1,
+    ) -> Iterator[Batch]:
+        """A split once, in order or as the indices say, with a mask as images have it."""
+        windows: np.ndarray = getattr(self, split)
+        windows = windows if indices is None else windows[indices]
+        for start in range(0, len(windows), batch_size):
+            positions = np.arange(start + shard_index, start + batch_size, shard_count)
+            batch = _example(windows[np.minimum(positions, len(windows) - 1)])
+            yield {**batch, "mask": (positions < len(windows)).astype(np.float32)}
+
+
+def _example(windows: np.ndarray) -> Batch:
+    return {"input": windows[:, :-1].astype(np.int32), "label": windows[:, 1:].astype(np.int32)}
 
 
 def encode_text(text: str) -> np.ndarray:
@@ -80,7 +138,7 @@ def load_text(*, window: int = 64) -> TextDataset:
 
     train, test = split(test=False), split(test=True)
     return TextDataset(
-        name=NAME,
+        name=TEXT,
         version=platform.python_version(),
         window=window,
         train=train,
@@ -88,53 +146,3 @@ def load_text(*, window: int = 64) -> TextDataset:
         description=f"Python {platform.python_version()}'s language reference: {len(train)} "
         f"training and {len(test)} test windows of {window} characters, {len(VOCABULARY)} classes",
     )
-
-
-def _example(windows: np.ndarray) -> Batch:
-    # The key under which training looks for a model's input, whatever it is.
-    return {"image": windows[:, :-1].astype(np.int32), "label": windows[:, 1:].astype(np.int32)}
-
-
-def text_train_iterator(
-    dataset: TextDataset, *, batch_size: int, seed: int, shard_index: int = 0, shard_count: int = 1
-) -> grain.DatasetIterator[Batch]:
-    """Iterates for ever over shuffled training windows; the position can be saved and restored.
-
-    Returns:
-      An iterator over {"image": int32 (B, window), "label": int32 (B, window)}, the label being
-      the next character, with B = batch_size/shard_count.
-    """
-
-    def read(indices: np.ndarray) -> Batch:
-        return _example(dataset.train[indices[shard_index::shard_count]])
-
-    batches = (
-        grain.MapDataset.range(len(dataset.train))
-        .seed(seed)
-        .shuffle()
-        .batch(batch_size, drop_remainder=True)
-        .repeat()
-        .map(read)
-    )
-    return iter(batches.to_iter_dataset(READ_OPTIONS))
-
-
-def text_eval_batches(
-    dataset: TextDataset,
-    *,
-    batch_size: int,
-    split: str = "test",
-    shard_index: int = 0,
-    shard_count: int = 1,
-) -> Iterator[Batch]:
-    """Iterates once over a split in order, as `stp_jax.data.eval_batches` does over images.
-
-    Returns:
-      An iterator over batches as in training, with "mask": float32 (B,), 0 for repetitions that
-      fill the last batch up.
-    """
-    windows: np.ndarray = getattr(dataset, split)
-    for start in range(0, len(windows), batch_size):
-        positions = np.arange(start + shard_index, start + batch_size, shard_count)
-        batch = _example(windows[np.minimum(positions, len(windows) - 1)])
-        yield {**batch, "mask": (positions < len(windows)).astype(np.float32)}

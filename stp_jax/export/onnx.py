@@ -21,7 +21,9 @@ import numpy as np
 from flax import nnx
 from jax.extend import core
 
-from stp_jax.quant.nnx import Quantizer, quantized_layers
+from stp_jax import hooks
+from stp_jax.hooks import Hooks, KernelLayer
+from stp_jax.quant.layers import QuantizedLayer, quantized_layers, without_quantizers
 
 # QuantizeLinear and DequantizeLinear with axes, reductions with axes as inputs: ONNX 1.13 (2022).
 OPSET = 18
@@ -35,49 +37,51 @@ _quantized_input.def_abstract_eval(lambda x, scale, *, bits: x)
 _quantized_kernel.def_abstract_eval(lambda q, scale, *, layer: q.update(dtype=scale.dtype))
 
 
-class _ShownOperands(nnx.Module):
+def _show_operands(quantized: QuantizedLayer, promote: Callable) -> Callable:
     """Takes the place of a quantizer: the same numbers through this module's primitives."""
+    rule, format = quantized.rule, quantized.format
+    integers, scale = quantized.integers().astype(jnp.int8), quantized.scale
+    stored = quantized.stored_input_scale
 
-    def __init__(self, layer: str, quantizer: Quantizer, kernel: jax.Array):
-        self.layer = layer
-        self.quantizer = quantizer
-        self.integers = nnx.Variable(quantizer.integer_kernel(kernel).astype(jnp.int8))
-        self.scale = nnx.Variable(quantizer.kernel_scale(kernel))
-
-    def __call__(self, operands: tuple[Any, ...], **kwargs: Any) -> tuple[Any, ...]:
-        """Shows the kernel, and the input where it has a scale of its own."""
-        rule = self.quantizer.rule
-        kernel = _quantized_kernel.bind(self.integers[...], self.scale[...], layer=self.layer)
+    def shown(operands: tuple[Any, ...], **kwargs: Any) -> tuple[Any, ...]:
+        kernel = _quantized_kernel.bind(integers, scale, layer=quantized.path)
         if len(operands) == 1:
-            return self.quantizer.promote((kernel,), **kwargs)
+            return promote((kernel,), **kwargs)
         x, _, *rest = operands
-        if rule.activations in ("learned", "calibrated"):
-            scale = self.quantizer.input_scale(x)
-            x = _quantized_input.bind(x.astype(jnp.float32), scale, bits=rule.activation_bits)
+        if stored is None:
+            x = format.quantize_input(x, None)
         else:
-            x = self.quantizer.quantize_input(x)
-        return self.quantizer.promote((x, kernel, *rest), **kwargs)
+            x = x.astype(jnp.float32)
+            x = _quantized_input.bind(x, jnp.abs(stored), bits=rule.activation_bits)
+        return promote((x, kernel, *rest), **kwargs)
+
+    return shown
 
 
-def _shown(model: nnx.Module) -> nnx.Module:
+def _shown(model: Any) -> Any:
     """A copy of the model for evaluation, its quantizers replaced."""
-    model = nnx.clone(model)
-    model.eval()
-    for path, (layer, quantizer) in quantized_layers(model).items():
-        rule = quantizer.rule
+    layers = quantized_layers(model)
+    for path, quantized in layers.items():
+        rule, stored = quantized.rule, quantized.stored_input_scale
         if rule.bits > 8 or rule.activation_bits > 8 or rule.activation_terms is not None:
             raise ValueError(
                 f"layer {path!r}: ONNX export is for weights and inputs of up to 8 bits, and for "
                 "inputs that keep all their terms"
             )
-        needs_scale = rule.activations in ("learned", "calibrated")
-        if needs_scale and not isinstance(layer, nnx.Embed) and not quantizer.activation_scale[...]:
+        if stored is not None and not quantized.layer.is_table and not stored:
             raise ValueError(f"layer {path!r}: its input has no scale yet; call stp_jax.calibrate")
-        kernel = layer.embedding if isinstance(layer, nnx.Embed) else layer.kernel
-        layer.promote_dtype = nnx.data(_ShownOperands(path, quantizer, kernel[...]))
-        if isinstance(layer, nnx.Conv):  # convolutions shall stay such, however JAX computes them
-            layer.conv_general_dilated = jax.lax.conv_general_dilated
-    return model
+
+    def operands(layer: KernelLayer, promote: Callable) -> Callable | None:
+        return _show_operands(layers[layer.path], promote) if layer.path in layers else None
+
+    def product(layer: KernelLayer, product: Callable) -> Callable | None:
+        # Convolutions shall stay such, however JAX computes them.
+        return jax.lax.conv_general_dilated if layer.kind == "conv" else None
+
+    shown = hooks.attach(without_quantizers(model), Hooks(operands=operands, product=product))
+    if isinstance(shown, nnx.Module):
+        shown.eval()
+    return shown
 
 
 # --- Values ---------------------------------------------------------------------------------------
@@ -592,7 +596,7 @@ def _lower(graph: _Graph, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     return outputs if isinstance(outputs, list) else [outputs]
 
 
-def export_onnx(model: nnx.Module, example: Any, path: str | Path) -> None:
+def export_onnx(model: Any, example: Any, path: str | Path) -> None:
     """Writes an STP model as an ONNX file for evaluation.
 
     Kernels are int8 initializers before DequantizeLinear with a scale per output channel, layer
@@ -601,9 +605,9 @@ def export_onnx(model: nnx.Module, example: Any, path: str | Path) -> None:
     ``logits`` in the model's own layout (N, H, W, C) and with the example's batch size.
 
     Args:
-      model: a calibrated NNX model from `stp_jax.quantize`, computing in float32.
+      model: a calibrated STP model (a Linen one with its variables), computing in float32.
       example: an input of the model, or its ``jax.ShapeDtypeStruct``.
-      path: the file, by custom ``*.onnx``.
+      path: the file, conventionally ``*.onnx``.
 
     Raises:
       ImportError: the package ``onnx`` is missing.
@@ -617,7 +621,7 @@ def export_onnx(model: nnx.Module, example: Any, path: str | Path) -> None:
             "export_onnx needs the onnx package: pip install 'stp-jax[onnx]'"
         ) from error
     shown = _shown(model)
-    closed = jax.make_jaxpr(lambda x: shown(x))(example)  # type: ignore[operator]
+    closed = jax.make_jaxpr(lambda x: shown(x))(example)
     if len(closed.out_avals) != 1:
         raise ValueError(f"the model must return one array, it returns {len(closed.out_avals)}")
     graph = _Graph(onnx)
@@ -633,7 +637,7 @@ def export_onnx(model: nnx.Module, example: Any, path: str | Path) -> None:
 
     onnx_graph = onnx.helper.make_graph(
         graph.nodes,
-        type(model).__name__,
+        hooks.model_name(model),
         [described("input", closed.in_avals[0])],
         [described("logits", out)],
         graph.constants,

@@ -12,28 +12,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax import nnx
 
+from stp_jax import hooks
 from stp_jax.export.variables import LISTED, check_fit, listing, read, variables, write
-from stp_jax.quant.nnx import (
-    QuantizedLayer,
-    integer_weights,
-    kernel_paths,
-    quantize_nnx,
-    quantized_layers,
-)
+from stp_jax.hooks import LinenModel, keys_of, model_name, unboxed
+from stp_jax.quant.calibration import integer_weights
+from stp_jax.quant.layers import QuantizedLayer, quantized_layers, without_quantizers
+from stp_jax.quant.linen import LEARNED, STATE, BoundModel, quantize_linen
+from stp_jax.quant.nnx import kernel_paths, quantize_nnx
 from stp_jax.quant.policy import Policy, Rule
 from stp_jax.quant.sensitivity import group_counts
 from stp_jax.terms import PackedTerms, pack, unpack
 from stp_jax.terms.packing import slot_format
-from stp_jax.terms.quantizers import merge_axes
 
 FORMAT = "stp_jax.packed_terms"
 VERSION = 1
@@ -44,12 +43,12 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 
 def _kernel_name(path: str, quantized: QuantizedLayer) -> str:
-    return f"{path}.{'embedding' if isinstance(quantized.layer, nnx.Embed) else 'kernel'}"
+    return f"{path}.{quantized.layer.kernel_name}"
 
 
 def _is_stream(rule: Rule, budget: int) -> bool:
     """Whether a group's slots take fewer bits than its integers."""
-    slots = budget * slot_format(rule.group_size, budget, rule.bits).bits
+    slots = budget * slot_format(rule.group_size, budget, rule.bits).stored_bits
     return slots < rule.group_size * _integer_type(rule).itemsize * 8
 
 
@@ -59,8 +58,8 @@ def _integer_type(rule: Rule) -> np.dtype:
 
 def _pack(integers: np.ndarray, quantized: QuantizedLayer, budget: int) -> PackedTerms:
     """The kernel's stream; group axes of the kernel are merged into one, the stream's axis."""
-    rule = quantized.quantizer.rule
-    shape, axis = merge_axes(integers.shape, quantized.quantizer.axes.groups)
+    rule = quantized.rule
+    shape, axis = rule.format.layout(quantized.format.axes.groups).merged(integers.shape)
     return pack(
         integers.reshape(shape),
         group_size=rule.group_size,
@@ -75,9 +74,9 @@ def _layer_tensors(
     path: str, quantized: QuantizedLayer, integers: np.ndarray
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The tensors of one quantized layer and its entry in the metadata."""
-    quantizer, name = quantized.quantizer, _kernel_name(path, quantized)
-    rule, budget = quantizer.rule, int(quantizer.budget[...])
-    tensors = {f"{name}.scale": quantizer.kernel_scale(quantized.kernel)}
+    name = _kernel_name(path, quantized)
+    rule, budget = quantized.rule, int(quantized.budget)
+    tensors = {f"{name}.scale": quantized.scale}
     entry: dict[str, Any] = {"kernel": name, "shape": integers.shape, "budget": budget}
     if _is_stream(rule, budget):
         packed = _pack(integers, quantized, budget)
@@ -85,8 +84,8 @@ def _layer_tensors(
         entry["stream"] = {"shape": packed.shape, "axis": packed.axis}
     else:
         tensors[f"{name}.integers"] = jnp.asarray(integers.astype(_integer_type(rule)))
-    if rule.activations in ("learned", "calibrated"):
-        tensors[f"{path}.input.scale"] = jnp.abs(quantizer.activation_scale[...])
+    if quantized.stored_input_scale is not None:
+        tensors[f"{path}.input.scale"] = jnp.abs(quantized.stored_input_scale)
     if rule.weight_scale == "max":
         # The largest weight that set the scale is gone: from now on the scale is a stored one.
         rule = dataclasses.replace(rule, weight_scale="search")
@@ -94,13 +93,20 @@ def _layer_tensors(
     return tensors, entry
 
 
-def _float_variables(model: nnx.Module) -> dict[str, nnx.Variable]:
-    """The variables that no quantizer has part in, random streams aside, by dotted path."""
+def _float_values(model: Any) -> dict[str, jax.Array]:
+    """The variables that no quantizer has part in, random streams aside, by dotted path.
+
+    Of a Linen model the collection is left out, so that a file does not depend on the API.
+    """
     layers = quantized_layers(model)
     kernels = {_kernel_name(path, layer) for path, layer in layers.items()}
+    if isinstance(model, LinenModel):
+        names = _linen_names(without_quantizers(model).variables)
+        flat = hooks.flat_variables(model.variables)
+        return {name: unboxed(flat[key]) for name, key in names.items() if name not in kernels}
     quantizers = tuple(f"{path}.promote_dtype." for path in layers)
     return {
-        name: variable
+        name: variable[...]
         for name, variable in variables(model)
         if name not in kernels
         and not name.startswith(quantizers)
@@ -108,27 +114,38 @@ def _float_variables(model: nnx.Module) -> dict[str, nnx.Variable]:
     }
 
 
+def _linen_names(tree: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The keys of Linen variables by dotted path, without the collection."""
+    names: dict[str, tuple[str, ...]] = {}
+    for key, value in hooks.flat_variables(tree).items():
+        name = ".".join(key[1:])
+        if hasattr(unboxed(value), "shape"):  # not an empty collection
+            if name in names:
+                raise ValueError(f"{key[0]} and {names[name][0]} both have a variable {name!r}")
+            names[name] = key
+    return names
+
+
 # --- Saving ---------------------------------------------------------------------------------------
 
 
-def save_packed(model: nnx.Module, path: str | Path) -> None:
+def save_packed(model: Any, path: str | Path) -> None:
     """Writes an STP model as packed terms; a file that exists is replaced when all is written.
 
     Args:
-      model: an NNX model from `stp_jax.quantize`, in any stage of training. Its float kernels are
-        not kept, only the integers that they are projected to at the present budgets.
-      path: the file, by custom ``*.safetensors``.
+      model: an STP model, a Linen one with its variables, in any stage of training. Its float
+        kernels are not kept, only the integers that they are projected to at the present budgets.
+      path: the file, conventionally ``*.safetensors``.
 
     Raises:
       ValueError: the model has no quantized layer.
     """
     integers = integer_weights(model)
-    tensors = {name: variable[...] for name, variable in _float_variables(model).items()}
-    entries = {}
+    tensors, entries = _float_values(model), {}
     for layer_path, quantized in quantized_layers(model).items():
         of_layer, entries[layer_path] = _layer_tensors(layer_path, quantized, integers[layer_path])
         tensors |= of_layer
-    header = {"version": VERSION, "model": type(model).__name__, "layers": entries}
+    header = {"version": VERSION, "model": model_name(model), "layers": entries}
     write(Path(path), tensors, {FORMAT: json.dumps(header)})
 
 
@@ -188,18 +205,27 @@ def _values(entries: Mapping[str, Any], tensors: dict[str, jax.Array]) -> dict[s
     return values | tensors
 
 
-def load_packed(model: Model, path: str | Path) -> Model:
+@overload
+def load_packed(model: Model, path: str | Path) -> Model: ...
+
+
+@overload
+def load_packed(model: nn.Module, path: str | Path, *inputs: Any) -> BoundModel: ...
+
+
+def load_packed(model: Any, path: str | Path, *inputs: Any) -> Any:
     """Reads a file of `save_packed` into an STP model.
 
     Args:
-      model: the float NNX model that the saved one was made from, with any weights. It may be
-        abstract (from ``nnx.eval_shape``) and is not changed.
+      model: the float model that the saved one was made from, with any weights: an NNX module,
+        which may be abstract (from ``nnx.eval_shape``), or a Linen module. It is not changed.
       path: the file.
+      *inputs: of a Linen module, to find its layers; only shape and dtype are used.
 
     Returns:
-      An STP model like `stp_jax.quantize`'s, with the file's rules, budgets, scales and integers:
-      its outputs are bit for bit those of the saved model. Its float kernels are the integers
-      times their scales.
+      An STP model like `stp_jax.quantize`'s, for Linen with its variables, with the file's rules,
+      budgets, scales and integers: its outputs are bit for bit those of the saved model. Its float
+      kernels are the integers times their scales.
 
     Raises:
       ValueError: the file is missing, damaged, of another kind, or does not fit the model; the
@@ -208,7 +234,7 @@ def load_packed(model: Model, path: str | Path) -> Model:
     >>> import stp_jax, tempfile
     >>> from stp_jax import models
     >>> float_model = models.create("mlp", num_classes=3, rngs=nnx.Rngs(0), in_features=4)
-    >>> model = stp_jax.quantize(float_model, models.default_policy(float_model, budget=6))
+    >>> model = stp_jax.quantize(float_model, stp_jax.default_policy(float_model, budget=6))
     >>> with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
     ...     save_packed(model, file.name)
     ...     again = load_packed(float_model, file.name)
@@ -218,8 +244,50 @@ def load_packed(model: Model, path: str | Path) -> Model:
     path = Path(path)
     tensors, metadata = read(path)
     header = _header(path, metadata)
-    entries = header["layers"]
-    paths = kernel_paths(model)
+    rules = [
+        Rule(path=re.escape(layer), **entry["rule"]) for layer, entry in header["layers"].items()
+    ]
+    if isinstance(model, nn.Module):
+        return _load_linen(model, path, header["layers"], Policy(rules), tensors, inputs)
+    return _load_nnx(model, path, header, Policy(rules), tensors)
+
+
+def _load_linen(
+    module: nn.Module,
+    path: Path,
+    entries: Mapping[str, Any],
+    policy: Policy,
+    tensors: dict[str, jax.Array],
+    inputs: Sequence[Any],
+) -> BoundModel:
+    if not inputs:
+        raise ValueError("the layers of a Linen module are known once it is traced: pass an input")
+    quantized = quantize_linen(module, policy)
+    flat = hooks.flat_variables(jax.eval_shape(quantized.init, jax.random.key(0), *inputs))
+    model = quantized.bind(hooks.nested_variables(flat))
+    names = _linen_names(without_quantizers(model).variables)
+    values = _values(entries, tensors)
+    # What a quantizer stores has a name of its own in the file, as it has in an NNX model.
+    for layer_path, layer in quantized_layers(model).items():
+        for key in flat:
+            if key[0] in (STATE, LEARNED) and key[1:-1] == keys_of(layer.path):
+                names[f"{layer_path}.promote_dtype.{key[-1]}"] = key
+    for name in names:
+        if name in values and name.endswith(("promote_dtype.budget", ".activation_scale")):
+            values[name] = values[name].reshape(unboxed(flat[names[name]]).shape)
+    check_fit(path, {name: unboxed(flat[key]) for name, key in names.items()}, values)
+    found = {key: values[name].astype(unboxed(flat[key]).dtype) for name, key in names.items()}
+    return quantized.bind(hooks.replace_variables(model.variables, found))
+
+
+def _load_nnx(
+    model: nnx.Module,
+    path: Path,
+    header: Mapping[str, Any],
+    policy: Policy,
+    tensors: dict[str, jax.Array],
+) -> nnx.Module:
+    entries, paths = header["layers"], kernel_paths(model)
     unknown = [layer for layer in entries if layer not in paths]
     if unknown:
         raise ValueError(
@@ -227,8 +295,6 @@ def load_packed(model: Model, path: str | Path) -> Model:
             + "".join(listing("no such layers", unknown))
             + f"; the model has {', '.join(paths[:LISTED])} …"
         )
-    rules = [Rule(path=re.escape(layer), **entry["rule"]) for layer, entry in entries.items()]
-    policy = Policy(rules)
     loaded = nnx.eval_shape(lambda float_model: quantize_nnx(float_model, policy), model)
     random = {n: v for n, v in variables(model) if isinstance(v, nnx.RngState)}
     values = _values(entries, tensors)
@@ -240,7 +306,7 @@ def load_packed(model: Model, path: str | Path) -> Model:
             variable.set_value(values[name].astype(dtype))
         else:
             variable.set_value(random[name].get_value())
-    return loaded  # type: ignore[return-value]
+    return loaded
 
 
 # --- Sizes ----------------------------------------------------------------------------------------
@@ -267,7 +333,7 @@ class PackedSizes:
         return Size(*(sum(sizes) + self.rest for sizes in zip(*self.layers.values(), strict=True)))
 
 
-def packed_sizes(model: nnx.Module) -> PackedSizes:
+def packed_sizes(model: Any) -> PackedSizes:
     """What an STP model takes in memory as packed terms, beside float32 and int8.
 
     Raises:
@@ -275,13 +341,11 @@ def packed_sizes(model: nnx.Module) -> PackedSizes:
     """
     groups, sizes = group_counts(model), {}
     for path, quantized in quantized_layers(model).items():
-        quantizer, kernel = quantized.quantizer, quantized.kernel
-        rule, budget = quantizer.rule, int(quantizer.budget[...])
-        scales = quantizer.kernel_scale(kernel).nbytes
-        scales += 4 * (rule.activations in ("learned", "calibrated"))
+        rule, budget, kernel = quantized.rule, int(quantized.budget), quantized.kernel
+        scales = quantized.scale.nbytes + 4 * rule.stores_input_scale
         integers = kernel.size * _integer_type(rule).itemsize
-        slots = groups[path] * budget * slot_format(rule.group_size, budget, rule.bits).bits
+        slots = groups[path] * budget * slot_format(rule.group_size, budget, rule.bits).stored_bits
         stream = -(-slots // 8) if _is_stream(rule, budget) else integers
         sizes[path] = Size(4 * kernel.size, integers + scales, stream + scales)
-    rest = sum(int(variable[...].nbytes) for variable in _float_variables(model).values())
+    rest = sum(int(value.nbytes) for value in _float_values(model).values())
     return PackedSizes(sizes, rest)

@@ -7,7 +7,7 @@ with zeros to whole groups, as in training, and a grouped convolution is one job
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,80 +16,62 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from stp_jax.hwmodel.rtl.images import Job, write_images
+from stp_jax import hooks
+from stp_jax.hooks import Hooks, KernelLayer
+from stp_jax.hwmodel.rtl.images import BITS, ENCODING, Job, write_images
 from stp_jax.quant.integer import integer_model
-from stp_jax.quant.nnx import Quantizer, product_hook, quantized_layers
-
-_KINDS = (nnx.Conv, nnx.Linear)
+from stp_jax.quant.layers import QuantizedLayer, quantized_layers
 
 
-def _quantizer(model: nnx.Module, layer: str) -> Quantizer:
+def _find(model: Any, path: str) -> QuantizedLayer:
     layers = quantized_layers(model)
-    if layer not in layers:
-        raise ValueError(f"no quantized layer at {layer!r}; there are: {', '.join(layers)}")
-    module, quantizer = layers[layer]
-    if not isinstance(module, _KINDS):
-        kinds = " or ".join(kind.__name__ for kind in _KINDS)
-        raise ValueError(f"layer {layer!r} is a {type(module).__name__}; jobs are made of {kinds}")
-    rule = quantizer.rule
-    if (rule.encoding, rule.bits) != ("naf", 8) or rule.activation_bits > 8:
+    if path not in layers:
+        raise ValueError(f"no quantized layer at {path!r}; there are: {', '.join(layers)}")
+    quantized = layers[path]
+    if quantized.layer.kind not in ("conv", "dense"):
         raise ValueError(
-            f"layer {layer!r}: the array takes NAF terms of 8-bit weights and 8-bit activations, "
+            f"layer {path!r} is a {quantized.layer.type_name}; jobs are made of convolutions and "
+            "dense layers"
+        )
+    rule = quantized.rule
+    if (rule.encoding, rule.bits) != (ENCODING, BITS) or rule.activation_bits > 8:
+        raise ValueError(
+            f"layer {path!r}: the array takes NAF terms of 8-bit weights and 8-bit activations, "
             f"not {rule.encoding} of {rule.bits} bits and {rule.activation_bits} bits"
         )
-    if int(quantizer.budget[...]) < 1:
-        raise ValueError(f"layer {layer!r}: a budget of 0 leaves nothing to compute")
-    return quantizer
+    if int(quantized.budget) < 1:
+        raise ValueError(f"layer {path!r}: a budget of 0 leaves nothing to compute")
+    return quantized
 
 
-def _first_product(model: nnx.Module, layer: str, x: Any) -> tuple[tuple, dict[str, Any]]:
+def _first_product(model: Any, path: str, x: Any) -> tuple[tuple, dict[str, Any]]:
     """Arguments of a layer's first product when the integer model runs on x."""
-    integer = integer_model(model)
-    integer.eval()
-    module = next(m for path, m in nnx.iter_modules(integer) if ".".join(map(str, path)) == layer)
-    name = product_hook(module)
-    assert name is not None
-    hook = getattr(module, name)
-    product, calls = hook.product, []
+    calls: list[tuple[tuple, dict[str, Any]]] = []
 
-    def recorded(*args: Any, **kwargs: Any) -> jax.Array:
-        calls.append((args, kwargs))
-        return product(*args, **kwargs)
+    def record(layer: KernelLayer, product: Callable) -> Callable | None:
+        if layer.path != path:
+            return None
 
-    hook.product = recorded
-    integer(x)  # type: ignore[operator]
+        def recorded(*args: Any, **kwargs: Any) -> jax.Array:
+            calls.append((args, kwargs))
+            return product(*args, **kwargs)
+
+        return recorded
+
+    integer: Any = hooks.attach(integer_model(model), Hooks(product=record))
+    if isinstance(integer, nnx.Module):
+        integer.eval()
+    integer(x)
     if not calls:
-        raise ValueError(f"the model does not use layer {layer!r} on this input")
+        raise ValueError(f"the model does not use layer {path!r} on this input")
     return calls[0]
 
 
-def _patches(lhs: jax.Array, rhs: jax.Array, strides, padding, **kwargs: Any) -> np.ndarray:
-    """Integers [pixels, window positions, channels] that each output pixel is the product of."""
-    window = rhs.shape[:-2]
-    patches = jax.lax.conv_general_dilated_patches(
-        lhs.astype(jnp.float32),  # exact for integers of 8 bits
-        window,
-        strides,
-        padding,
-        rhs_dilation=kwargs.get("rhs_dilation"),
-        dimension_numbers=kwargs.get("dimension_numbers"),
-        precision=jax.lax.Precision.HIGHEST,
-    )
-    by_channel = np.asarray(patches, np.int32).reshape(-1, lhs.shape[-1], math.prod(window))
-    return by_channel.swapaxes(1, 2)
-
-
-def _fill_up(v: np.ndarray, group_size: int) -> np.ndarray:
-    """[n, outer, inner] → [n, K] with every inner run filled up to whole groups."""
-    missing = -v.shape[-1] % group_size
-    return np.pad(v, [(0, 0), (0, 0), (0, missing)]).reshape(len(v), -1)
-
-
-def layer_jobs(model: nnx.Module, layer: str, x: Any) -> list[Job]:
+def layer_jobs(model: Any, layer: str, x: Any) -> list[Job]:
     """What a layer multiplies when the model runs on x, in integers: jobs for the array.
 
     Args:
-      model: a calibrated STP model.
+      model: a calibrated STP model; a Linen one with its variables.
       layer: dotted path of a quantized Conv or Linear with the NAF, 8-bit weights and a budget.
       x: an input of the model. The layer's first use counts.
 
@@ -101,34 +83,37 @@ def layer_jobs(model: nnx.Module, layer: str, x: Any) -> list[Job]:
       ValueError: the layer does not exist, is not used, is of another kind or format, or the model
         is not calibrated.
     """
-    quantizer = _quantizer(model, layer)
-    rule, budget = quantizer.rule, int(quantizer.budget[...])
+    quantized = _find(model, layer)
+    rule, budget = quantized.rule, int(quantized.budget)
     (lhs, kernel, *positional), options = _first_product(model, layer, x)
     weights = np.asarray(kernel, np.int32)
     if weights.ndim == 2:
         groups, patches = 1, np.asarray(lhs, np.int32).reshape(-1, 1, len(weights))
     else:
         groups = options.pop("feature_group_count", 1)
-        patches = _patches(lhs, kernel, *positional, **options)
+        # Exact in float32 for integers of 8 bits.
+        windows = hooks.conv_patches(lhs.astype(jnp.float32), kernel, *positional, **options)
+        patches = np.asarray(windows, np.int32)
     # Weights as [filters, positions, channels of a group].
     weights = weights.reshape(-1, *weights.shape[-2:]).transpose(2, 0, 1)
-    window_groups = weights.shape[2] == 1 and quantizer.axes.groups == tuple(range(kernel.ndim - 2))
+    window_groups = weights.shape[2] == 1 and quantized.format.axes.groups == tuple(
+        range(kernel.ndim - 2)
+    )
+
+    layout = rule.format.layout((-1,))  # every window position starts anew
 
     def job(weights: np.ndarray, patches: np.ndarray) -> Job:
         if window_groups:
             weights, patches = weights.swapaxes(1, 2), patches.swapaxes(1, 2)
-        return Job(
-            weights=_fill_up(weights, rule.group_size),
-            activations=_fill_up(patches, rule.group_size),
-            budget=budget,
-        )
+        whole = [layout.pad(v).reshape(len(v), -1) for v in (weights, patches)]
+        return Job(weights=whole[0], activations=whole[1], budget=budget)
 
     pairs = zip(np.split(weights, groups), np.split(patches, groups, axis=2), strict=True)
     return [job(w, p) for w, p in pairs]
 
 
 def write_layer_images(
-    model: nnx.Module,
+    model: Any,
     layer: str,
     x: Any,
     directory: str | Path,
@@ -140,7 +125,7 @@ def write_layer_images(
     """Writes the memory images of a trained layer for an array of ``rows`` × ``cols`` group PEs.
 
     Args:
-      model: a calibrated STP model.
+      model: a calibrated STP model; a Linen one with its variables.
       layer: as in `layer_jobs`.
       x: an input of the model.
       directory: where the files go; made if it does not exist.
@@ -162,6 +147,6 @@ def write_layer_images(
         jobs,
         rows=rows,
         cols=cols,
-        group_size=quantized_layers(model)[layer].quantizer.rule.group_size,
+        group_size=quantized_layers(model)[layer].rule.group_size,
         encode_at_edge=encode_at_edge,
     )

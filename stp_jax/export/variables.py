@@ -87,7 +87,7 @@ def save_variables(model: nnx.Module, path: str | Path) -> None:
 
     Args:
       model: any NNX model whose variables are arrays.
-      path: the file, by custom ``*.safetensors``.
+      path: the file, conventionally ``*.safetensors``.
     """
     tensors = {n: v[...] for n, v in variables(model) if not isinstance(v, nnx.RngState)}
     write(Path(path), tensors, {FORMAT: VERSION})

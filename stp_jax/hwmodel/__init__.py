@@ -30,10 +30,10 @@ from stp_jax.hwmodel.plots import plot_energy as plot_energy
 from stp_jax.hwmodel.plots import plot_roofline as plot_roofline
 from stp_jax.hwmodel.plots import plot_sensitivity as plot_sensitivity
 from stp_jax.hwmodel.plots import roofline as roofline
-from stp_jax.hwmodel.readers.flax import record_activations as record_activations
-from stp_jax.hwmodel.readers.flax import record_operands as record_operands
 from stp_jax.hwmodel.readers.flax import trace as trace
 from stp_jax.hwmodel.readers.onnx import read_onnx as read_onnx
+from stp_jax.hwmodel.readers.record import record_activations as record_activations
+from stp_jax.hwmodel.readers.record import record_operands as record_operands
 from stp_jax.hwmodel.readers.scalesim import read_scalesim_config as read_scalesim_config
 from stp_jax.hwmodel.readers.scalesim import read_scalesim_topology as read_scalesim_topology
 from stp_jax.hwmodel.report import Report as Report

@@ -25,8 +25,9 @@ from typing import Any, ClassVar, Literal
 import jax
 import numpy as np
 
-from stp_jax.hwmodel.network import Layer, Network
-from stp_jax.hwmodel.numeric import ceil_div, check_numbers
+from stp_jax.hwmodel.folding import Extents
+from stp_jax.hwmodel.network import Layer
+from stp_jax.hwmodel.numbers import Real, Vector, ceil_div, check_numbers, namespace_of
 from stp_jax.hwmodel.operands import (
     layer_patches,
     layer_weights,
@@ -39,14 +40,15 @@ from stp_jax.hwmodel.pes import (
     ACCUMULATOR_BITS,
     ACTIVATION_BITS,
     PE,
-    Profile,
+    Activity,
     Workload,
     composed_area,
     operand_register_bits,
     refuse_budgets,
 )
 from stp_jax.hwmodel.technology import Technology
-from stp_jax.hwmodel.term_histogram import check_names, lookup, term_counts
+from stp_jax.hwmodel.term_histogram import check_names, lookup
+from stp_jax.terms import count_table
 
 WEIGHT_BITS = 8
 _SUBGROUP = 8  # of BitVert's lanes, sec. IV-A of its paper
@@ -98,15 +100,15 @@ class DigitSerial(PE):
         """The rule: what each lane takes, for each of a layer's ``groups`` products."""
         raise NotImplementedError
 
-    def reduction_steps(self, network: Network, xp: Any) -> Any:
+    def reduction_steps(self, extents: Extents) -> Vector:
         """Groups of lanes along the reduction: ceil(K / lanes)."""
-        return xp.asarray(ceil_div(network.extents("K"), self.lanes))
+        return ceil_div(extents.K, self.lanes)
 
-    def nominal_macs(self, budget: Any = None) -> Any:
+    def nominal_macs(self, budget: Real | None = None) -> Real:
         """All lanes in as many cycles as an 8-bit operand has bits."""
         return self.lanes / WEIGHT_BITS
 
-    def area_um2(self, technology: Technology) -> Any:
+    def area_um2(self, technology: Technology) -> Real:
         """Derived: the lanes' events as blocks, one accumulator, both operands' registers."""
         blocks: dict[str, float] = {}
         for name, n in (
@@ -117,14 +119,14 @@ class DigitSerial(PE):
         operands = self.lanes * (ACTIVATION_BITS + WEIGHT_BITS)
         return composed_area(technology, blocks, operands + ACCUMULATOR_BITS)
 
-    def profile(self, work: Workload, xp: Any) -> Profile:
+    def activity(self, work: Workload) -> Activity:
         """Exact cycles from the operands' digits.
 
         Raises:
           ValueError: traced designs, budgets, or operands that the rule needs and lacks.
         """
         refuse_budgets(self, work)
-        if xp is not np:
+        if namespace_of(work.folding.K) is not np:
             raise ValueError(f"{type(self).__name__} reads real digits and cannot be traced")
         for what in ("weights", "activations"):
             check_names(what, getattr(work, what) or {}, work.network)
@@ -132,7 +134,7 @@ class DigitSerial(PE):
         cycles, additions, pe_cycles = counted.T
         folding = work.folding
         pe_steps = folding.groups * folding.reduction_steps * folding.P * folding.M
-        events: dict[str, Any] = {}
+        events: dict[str, Vector] = {}
         for rates, count in (
             (self.lane_events, additions),
             (self.cycle_events, pe_cycles),
@@ -140,8 +142,7 @@ class DigitSerial(PE):
         ):
             for name, rate in rates.items():
                 events[name] = events.get(name, 0.0) + rate * count
-        weight_bits = np.full_like(cycles, float(WEIGHT_BITS))
-        return Profile(
+        return Activity(
             cycles=cycles,
             busy=additions / self.adders,
             terms=additions,
@@ -156,7 +157,7 @@ class DigitSerial(PE):
                 self.lanes * WEIGHT_BITS,
             ),
             encoder=None,
-            weight_bits=weight_bits,
+            weight_bits=float(WEIGHT_BITS),
         )
 
     def _count(self, layer: Layer, work: Workload) -> tuple[int, float, int]:
@@ -182,17 +183,18 @@ def _magnitude_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _ones(layer: Layer, operand: str, rows: int) -> np.ndarray:
+    """The factor of an operand that does not matter to the cycles."""
     return np.ones((rows, layer.M if operand == "weights" else layer.P), np.uint8)
 
 
 def _patches(layer: Layer, work: Workload, pe: DigitSerial) -> np.ndarray:
-    held = require("activations", work.activations, layer, pe)
-    return layer_patches(layer, held, ACTIVATION_BITS)
+    activations = require("activations", work.activations, layer, pe)
+    return layer_patches(layer, activations, ACTIVATION_BITS)
 
 
 def _weights(layer: Layer, work: Workload, pe: DigitSerial) -> np.ndarray:
-    held = require("weights", work.weights, layer, pe)
-    return layer_weights(layer, held, WEIGHT_BITS)
+    weights = require("weights", work.weights, layer, pe)
+    return layer_weights(layer, weights, WEIGHT_BITS)
 
 
 def _precision(x: np.ndarray) -> int:
@@ -228,10 +230,10 @@ class Stripes(DigitSerial):
         check_numbers("Stripes", **checked)
         object.__setattr__(self, "precisions", tuple(sorted(precisions.items())))
 
-    def profile(self, work: Workload, xp: Any) -> Profile:
+    def activity(self, work: Workload) -> Activity:
         """As every digit-serial PE; a precision for no layer is an error as well."""
         check_names("precisions", dict(self.precisions), work.network)
-        return super().profile(work, xp)
+        return super().activity(work)
 
     def steps(self, layer: Layer, work: Workload) -> Iterable[Steps]:
         """p cycles for every lane; a lane adds in each."""
@@ -280,13 +282,13 @@ class Laconic(DigitSerial):
     lane_events: ClassVar[dict[str, float]] = {"int8_add": 2.0}
     cycle_events: ClassVar[dict[str, float]] = {"int32_add": 1.0}
 
-    def nominal_macs(self, budget: Any = None) -> Any:
+    def nominal_macs(self, budget: Real | None = None) -> Real:
         """All lanes in 4 x 5 cycles: Booth digits of a signed weight and an unsigned activation."""
         return self.lanes / 20
 
     def steps(self, layer: Layer, work: Workload) -> Iterable[Steps]:
         """Products of the two operands' term counts."""
-        counts = term_counts("booth4", 1 + ACTIVATION_BITS).astype(np.uint8)
+        counts = count_table("booth4", 1 + ACTIVATION_BITS).astype(np.uint8)
         zero = 1 << ACTIVATION_BITS  # where the table has the count of 0
         products = zip(_weights(layer, work, self), _patches(layer, work, self), strict=True)
         for weights, patches in products:
@@ -316,11 +318,11 @@ class Bitlet(DigitSerial):
         """One a significance."""
         return WEIGHT_BITS
 
-    def nominal_macs(self, budget: Any = None) -> Any:
+    def nominal_macs(self, budget: Real | None = None) -> Real:
         """All weights in as many cycles, were every bit of one significance set."""
         return 1.0
 
-    def area_um2(self, technology: Technology) -> Any:
+    def area_um2(self, technology: Technology) -> Real:
         """Derived: eight accumulating adders, the final adder, 64 operands each way."""
         blocks = {"int16_add": 8.0, "int32_add": 1.0, "int8_shift": 8.0}
         operands = self.lanes * (ACTIVATION_BITS + WEIGHT_BITS)
@@ -351,7 +353,7 @@ class BitWave(DigitSerial):
 
     lanes: int = dataclasses.field(default=8, metadata={"static": True})
 
-    def nominal_macs(self, budget: Any = None) -> Any:
+    def nominal_macs(self, budget: Real | None = None) -> Real:
         """All lanes in seven magnitude columns."""
         return self.lanes / (WEIGHT_BITS - 1)
 
@@ -399,11 +401,11 @@ class BitVert(DigitSerial):
         """Columns left: the cycles of a step."""
         return WEIGHT_BITS - self.pruned_columns
 
-    def nominal_macs(self, budget: Any = None) -> Any:
+    def nominal_macs(self, budget: Real | None = None) -> Real:
         """All lanes in the columns left."""
         return self.lanes / self.columns
 
-    def area_um2(self, technology: Technology) -> Any:
+    def area_um2(self, technology: Technology) -> Real:
         """Derived: adders for half of the lanes, accumulator, all operands."""
         blocks = {"int16_add": self.lanes / 2 + 1, "int32_add": 1.0, "int8_shift": 1.0}
         operands = self.lanes * (ACTIVATION_BITS + WEIGHT_BITS)

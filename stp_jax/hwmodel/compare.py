@@ -1,11 +1,11 @@
-"""Arrays side by side on one network, and what the result owes to each energy entry."""
+"""Comparison of arrays on one network, and sensitivity to the energy table."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -14,10 +14,12 @@ import pandas as pd
 from stp_jax.hwmodel.arrays import Array
 from stp_jax.hwmodel.encoders import array_area_um2
 from stp_jax.hwmodel.evaluate import evaluate
-from stp_jax.hwmodel.group_pe import Budgets, GroupPE
+from stp_jax.hwmodel.group_pe import GroupPE
 from stp_jax.hwmodel.network import Network
+from stp_jax.hwmodel.numbers import Budgets, Operands, Real
 from stp_jax.hwmodel.report import Report, computational_saving
 from stp_jax.hwmodel.technology import HOROWITZ_45NM, MissingEntryError, Technology
+from stp_jax.hwmodel.term_histogram import GroupTerms
 
 Match = Literal["area", "throughput"]
 
@@ -28,8 +30,8 @@ class Design:
 
     array: Array
     budgets: Budgets = None
-    weights: Any = None
-    activations: Mapping[str, Any] | None = None
+    weights: Operands | GroupTerms | None = None
+    activations: Operands | None = None
 
 
 def peak_macs(design: Design, network: Network) -> float:
@@ -42,7 +44,7 @@ def peak_macs(design: Design, network: Network) -> float:
     array, budget = design.array, None
     if isinstance(array.pe, GroupPE):
         report = evaluate(network, array, budgets=design.budgets, weights=design.weights)
-        budget = np.average(report.budgets, weights=report.operations["macs"])
+        budget = np.average(np.asarray(report.budgets), weights=report.operations["macs"])
         if budget == 0.0:
             return math.inf
     return float(array.rows * array.cols * array.pe.nominal_macs(budget))
@@ -80,7 +82,7 @@ def match(
         peaks = peak_macs(design, network), peak_macs(reference, network)
         if not all(map(math.isfinite, peaks)):
             raise ValueError("designs whose budgets are all 0 cannot be matched in throughput")
-        cols = max(round(peaks[1] / (peaks[0] / design.array.cols)), 1)
+        cols = max(round(float(peaks[1] / (peaks[0] / design.array.cols))), 1)
     else:
         raise ValueError(f"match by 'area' or 'throughput', not {by!r}")
     return dataclasses.replace(design, array=_with_columns(design.array, cols))
@@ -162,7 +164,9 @@ def _known_area_um2(array: Array, technology: Technology) -> float:
         return math.nan
 
 
-def _row(array: Array, report: Report, baseline: Report, technology: Technology) -> dict[str, Any]:
+def _row(
+    array: Array, report: Report, baseline: Report, technology: Technology
+) -> dict[str, object]:
     energies = {f"{name}_uj": 1e-6 * e.sum() for name, e in report.energy_pj.items()}
     busy = (report.utilization * report.cycles).sum() / report.total_cycles
     return {
@@ -181,7 +185,7 @@ def _row(array: Array, report: Report, baseline: Report, technology: Technology)
 
 
 def sensitivity(
-    figure: Callable[[Technology], Any], technology: Technology = HOROWITZ_45NM
+    figure: Callable[[Technology], Real], technology: Technology = HOROWITZ_45NM
 ) -> pd.DataFrame:
     """How a figure moves with each energy entry.
 
@@ -194,7 +198,7 @@ def sensitivity(
       of the entry; the figure with the entry ``halved`` and ``doubled``; its ``source``.
     """
 
-    def log_figure(log_energies: dict[str, Any]) -> Any:
+    def log_figure(log_energies: dict[str, jax.Array]) -> jax.Array:
         energies = {name: jax.numpy.exp(value) for name, value in log_energies.items()}
         return jax.numpy.log(figure(dataclasses.replace(technology, energy_pj=energies)))
 
@@ -206,8 +210,8 @@ def sensitivity(
             "pj": value,
             "elasticity": float(elasticity[name]),
             **{
-                label: float(figure(technology.replace(source="scaled", **{name: factor * value})))
-                for label, factor in (("halved", 0.5), ("doubled", 2.0))
+                label: float(figure(technology.replace(source="scaled", **{name: moved})))
+                for label, moved in (("halved", 0.5 * value), ("doubled", 2.0 * value))
             },
             "source": sources[f"energy_pj.{name}"],
         }

@@ -9,13 +9,15 @@ latency never stalls the array, and area and energy are shared by the PEs behind
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
 
 from stp_jax.hwmodel.arrays import Array
-from stp_jax.hwmodel.group_pe import GroupPE, encoder_entry
+from stp_jax.hwmodel.group_pe import GroupPE
+from stp_jax.hwmodel.numbers import Real
 from stp_jax.hwmodel.technology import HOROWITZ_45NM, Technology
+from stp_jax.terms import ENCODINGS
 
 EncoderKind = Literal["naf", "booth2", "booth4"]
 LATENCY_CYCLES = 1
@@ -35,12 +37,12 @@ class EdgeEncoders:
         inputs are resident, the rows where outputs are; a resident weight stays in one PE.
     """
 
-    count: Any
+    count: Real
     latency_cycles: int
-    area_um2: Any
-    area_per_pe_um2: Any
-    pj_per_weight: Any
-    pj_per_use: Any
+    area_um2: Real
+    area_per_pe_um2: Real
+    pj_per_weight: Real
+    pj_per_use: Real
 
 
 def edge_encoders(
@@ -53,7 +55,7 @@ def edge_encoders(
     """
     if not isinstance(array.pe, GroupPE):
         raise ValueError(f"{type(array.pe).__name__} takes no encoded terms")
-    entry = encoder_entry(array.pe.encoding) if kind is None else f"encode_{kind}"
+    entry = ENCODINGS[array.pe.encoding].encoder if kind is None else f"encode_{kind}"
     if entry is None or (kind is None and array.pe.packed):
         return None
     technology.require([entry])
@@ -77,7 +79,7 @@ def edge_encoders(
     )
 
 
-def array_area_um2(array: Array, technology: Technology = HOROWITZ_45NM) -> dict[str, Any]:
+def array_area_um2(array: Array, technology: Technology = HOROWITZ_45NM) -> dict[str, Real]:
     """Area of the PEs and of the edge encoders, µm²; buffers and serialisers are not in it."""
     area = {"pes": array.rows * array.cols * array.pe.area_um2(technology), "encoders": 0.0}
     encoders = (

@@ -1,21 +1,29 @@
-"""Evaluates a network on an array: cycles, accesses and energy of every layer at once."""
+"""Evaluation of a network on an array: cycles, accesses and energy of every layer at once."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from stp_jax.hwmodel.arrays import Array, fold
-from stp_jax.hwmodel.group_pe import Budgets, GroupPE
+from stp_jax.hwmodel.group_pe import GroupPE
 from stp_jax.hwmodel.memory import Traffic, memory_cycles, traffic
 from stp_jax.hwmodel.network import Network
-from stp_jax.hwmodel.numeric import as_real, check_smoothing, namespace, smooth_maximum
-from stp_jax.hwmodel.pes import PE, BitParallel, Profile, Workload
+from stp_jax.hwmodel.numbers import (
+    Budgets,
+    Operands,
+    Vector,
+    as_arrays,
+    as_real,
+    namespace_for,
+    namespace_of,
+)
+from stp_jax.hwmodel.pes import PE, Activity, BitParallel, Workload
 from stp_jax.hwmodel.report import Report
+from stp_jax.hwmodel.smoothing import check_smoothing, smooth_maximum
 from stp_jax.hwmodel.technology import HOROWITZ_45NM, SHIFT_MULTIPLEXERS, Technology
 from stp_jax.hwmodel.term_histogram import GroupTerms
 
@@ -25,8 +33,8 @@ def evaluate(
     array: Array,
     *,
     budgets: Budgets = None,
-    weights: Mapping[str, Any] | GroupTerms | None = None,
-    activations: Mapping[str, Any] | None = None,
+    weights: Operands | GroupTerms | None = None,
+    activations: Operands | None = None,
     technology: Technology = HOROWITZ_45NM,
     smoothing: float = 0.0,
 ) -> Report:
@@ -38,8 +46,8 @@ def evaluate(
     to 2**53); traced ones in float32, for layers whose extents stay below 2**31.
 
     Cycles of a layer are ``folds * (2R + C - 2) + folds * T * k`` (k = 1 for `BitParallel`), plus
-    what memory adds if bandwidths are finite: the first fold's fill, and what the other transfers
-    exceed the computation by, which double buffering otherwise hides. SCALE-Sim prints one cycle
+    stalls if bandwidths are finite: the first fold's fill, and max(0, transfers - computation) of
+    the other transfers, which double buffering otherwise hides. SCALE-Sim prints one cycle
     less a layer, the index of the last one.
 
     Args:
@@ -81,7 +89,8 @@ def evaluate(
     """
     _check_kinds(network, array, weights, technology)
     check_smoothing(smoothing)
-    xp = namespace(array, budgets)
+    xp = namespace_for(array, budgets)
+    array = as_arrays(array, xp)
     folding = fold(network, array, xp)
     work = Workload(
         network=network,
@@ -91,25 +100,24 @@ def evaluate(
         activations=activations,
         smoothing=smoothing,
     )
-    profile = array.pe.profile(work, xp)
-    moved = traffic(network, array, folding, profile.weight_bits, xp, smoothing)
-    # A traced technology makes energies traced, while the counts remain exact.
-    energies = _energy(array, technology, profile, moved, namespace(array, budgets, technology))
+    activity = array.pe.activity(work)
+    moved = traffic(network, array, folding, activity.weight_bits, smoothing)
+    energies = _energy(array, technology, activity, moved)
     select_pj = energies.pop("select")
-    compute = folding.fill_cycles + profile.cycles
-    first_fill = moved.first_fill_bytes / as_real(array.dram_bandwidth, xp)
-    memory = memory_cycles(array, moved, xp, smoothing)  # what the first fill leaves
-    stalls = first_fill + smooth_maximum(memory, compute, smoothing, xp) - compute
+    compute = folding.fill_cycles + activity.cycles
+    first_fill = moved.first_fill_bytes / array.dram_bandwidth
+    memory = memory_cycles(array, moved, smoothing)  # what the first fill leaves
+    stalls = first_fill + smooth_maximum(memory, compute, smoothing) - compute
     cycles = compute + stalls
     places = folding.rows * folding.cols
     report = Report(
         network=network,
         node_nm=technology.node_nm,
-        budgets=profile.budgets,
+        budgets=activity.budgets,
         cycles=cycles,
         stall_cycles=stalls,
-        utilization=profile.busy / (places * cycles),
-        operations={"macs": folding.macs, "terms": profile.terms},
+        utilization=activity.busy / (places * cycles),
+        operations={"macs": folding.macs, "terms": activity.terms},
         accesses=moved.accesses,
         dram_bytes=moved.dram_bytes,
         sram_bytes=moved.sram_bytes,
@@ -117,7 +125,7 @@ def evaluate(
         select_pj=select_pj,
     )
     # A transformation would make int32 of whole counts, which wraps.
-    traced = namespace(report) is not np
+    traced = namespace_for(report) is not np
     return jax.tree.map(lambda x: as_real(x, jnp), report) if traced else report.rounded()
 
 
@@ -145,18 +153,20 @@ def _check_kinds(network: object, array: object, weights: object, technology: ob
 
 
 def _energy(
-    array: Array, technology: Technology, profile: Profile, moved: Traffic, xp: Any
-) -> dict:
-    encoder = [] if profile.encoder is None else [profile.encoder]
-    selection = [] if profile.selections is None else ["int8_shift"]
-    needed = [*profile.events, *encoder, *selection, "register_bit", "dram_64b"]
+    array: Array, technology: Technology, activity: Activity, moved: Traffic
+) -> dict[str, Vector]:
+    """Energy by component, and of selection; traced where the technology alone is traced."""
+    xp = namespace_of(moved.dram_bytes, *technology.energy_pj.values())
+    encoder = [] if activity.encoder is None else [activity.encoder]
+    selection = [] if activity.selections is None else ["int8_shift"]
+    needed = [*activity.events, *encoder, *selection, "register_bit", "dram_64b"]
     technology.require(needed)
     pj = technology.energy_pj
     counts = {
-        "events": profile.events,
-        "encoded": moved.accesses["sram_filter_read"] * profile.encoded_share,
-        "selections": profile.selections,
-        "register_bits": profile.register_bits,
+        "events": activity.events,
+        "encoded": moved.accesses["sram_filter_read"] * activity.encoded_share,
+        "selections": activity.selections,
+        "register_bits": activity.register_bits,
         "sram_bytes": moved.sram_bytes,
         "dram_bytes": moved.dram_bytes,
     }
@@ -169,8 +179,11 @@ def _energy(
         "encoder": sum((counts["encoded"] * pj[entry] for entry in encoder), zero),
         "registers": counts["register_bits"] * pj["register_bit"],
         "sram": sum(
-            counts["sram_bytes"][name] * technology.sram_pj_per_byte(size, xp)
-            for name, size in buffers.items()
+            (
+                counts["sram_bytes"][name] * technology.sram_pj_per_byte(size)
+                for name, size in buffers.items()
+            ),
+            zero,
         ),
         "dram": counts["dram_bytes"] / 8.0 * pj["dram_64b"],
     }

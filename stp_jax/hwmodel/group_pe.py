@@ -9,43 +9,43 @@ and Zhang, SC20).
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 
 from stp_jax import terms
+from stp_jax.hwmodel.folding import Extents, Folding
 from stp_jax.hwmodel.network import Network
-from stp_jax.hwmodel.numeric import (
-    as_integer,
+from stp_jax.hwmodel.numbers import (
+    INTEGER,
+    Real,
+    Vector,
     as_real,
-    ceil_div,
     check_numbers,
-    layer_integers,
-    smooth_maximum,
-    smooth_minimum,
+    namespace_of,
 )
 from stp_jax.hwmodel.pes import (
     ACCUMULATOR_BITS,
     ACTIVATION_BITS,
     PE,
-    Profile,
+    Activity,
     Workload,
     composed_area,
     operand_register_bits,
 )
+from stp_jax.hwmodel.smoothing import smooth_maximum, smooth_minimum
 from stp_jax.hwmodel.technology import Technology
-from stp_jax.hwmodel.term_histogram import GroupTerms, check_names, lookup, measure_terms
-
-Grouping = Literal["flat", "channels"]
-Budgets = Mapping[str, Any] | Sequence[Any] | jax.typing.ArrayLike | None
-
-
-def encoder_entry(encoding: str) -> str | None:
-    """The energy entry of the parallel encoder; sign and magnitude (binary) need none."""
-    return None if encoding == "binary" else f"encode_{encoding}"
+from stp_jax.hwmodel.term_histogram import (
+    Grouping,
+    GroupTerms,
+    TermGroups,
+    check_names,
+    lookup,
+    measure_terms,
+)
+from stp_jax.terms.groups import ragged_size
+from stp_jax.terms.slots import SlotFormat, slot_format
 
 
 @jax.tree_util.register_dataclass
@@ -66,15 +66,15 @@ class GroupPE(PE):
       grouping: ``flat`` cuts the reduction (row, column, channel) into groups whatever the channel
         count, ceil(K/g) groups; ``channels`` starts anew at each kernel position. They are the
         same where g divides the channels, and for depthwise convolutions, grouped over the window.
-      packed: weights are stored as k fixed slots a group of valid bit, sign, exponent and index,
-        ready to stream; otherwise as integers that encoders at the array's edge turn into terms, as
-        always for the products of two activations (``matmul`` layers whose weights are not given).
+      packed: weights are stored as k slots a group (`stp_jax.terms.slots`); otherwise as integers
+        that encoders at the array's edge turn into terms, as always for the products of two
+        activations (``matmul`` layers whose weights are not given).
 
     Raises:
       ValueError: group_size or bits not a positive integer, unknown encoding or grouping.
     """
 
-    group_size: Any = 8
+    group_size: Real = dataclasses.field(default=8, metadata=INTEGER)
     encoding: terms.Encoding = dataclasses.field(default="naf", metadata={"static": True})
     bits: int = dataclasses.field(default=8, metadata={"static": True})
     grouping: Grouping = dataclasses.field(default="flat", metadata={"static": True})
@@ -83,32 +83,32 @@ class GroupPE(PE):
     def __post_init__(self) -> None:
         """Checks encoding, grouping and, where they are concrete, the numbers."""
         check_numbers("GroupPE", group_size=self.group_size, bits=self.bits)
-        terms.num_digits(self.encoding, self.bits)  # raises where there is no such encoding
-        if self.grouping not in get_args(Grouping):
-            raise ValueError(
-                f"GroupPE: grouping must be one of {get_args(Grouping)}, got {self.grouping!r}"
-            )
+        _ = self.term_groups  # which checks the others
 
     @property
-    def max_budget(self) -> Any:
+    def term_groups(self) -> TermGroups:
+        """The groups that share a budget, and how their terms are counted."""
+        return TermGroups(
+            group_size=self.group_size,
+            grouping=self.grouping,
+            encoding=self.encoding,
+            bits=self.bits,
+        )
+
+    @property
+    def max_budget(self) -> Real:
         """The most terms that a group of any integers needs: g times the encoding's maximum."""
         return self.group_size * terms.max_terms(self.encoding, self.bits)
 
-    def reduction_steps(self, network: Network, xp: Any) -> Any:
+    def reduction_steps(self, extents: Extents) -> Vector:
         """Groups along the reduction."""
-        size = as_integer(self.group_size, xp, "group_size")
-        flat = ceil_div(layer_integers(network, "K", xp), size)
-        if self.grouping == "flat":
-            return flat
-        channels = layer_integers(network, "group_channels", xp)
-        windowed = layer_integers(network, "window", xp) * ceil_div(channels, size)
-        return xp.where(channels == 1, flat, windowed)
+        return self.term_groups.along_reduction(extents)
 
-    def nominal_macs(self, budget: Any = None) -> Any:
+    def nominal_macs(self, budget: Real | None = None) -> Real:
         """g multiplications in k cycles."""
         return self.group_size / (self.max_budget if budget is None else budget)
 
-    def area_um2(self, technology: Technology) -> Any:
+    def area_um2(self, technology: Technology) -> Real:
         """Area of one PE: derived, a term lane plus its resident activations.
 
         Interpolated linearly in g through the synthesised points: one term lane with a single
@@ -118,88 +118,79 @@ class GroupPE(PE):
         lane, eight = (technology.area_um2[name] for name in ("term_lane", "group_pe_8"))
         return lane + (eight - lane) / 7 * (self.group_size - 1)
 
-    def slot_bits(self, xp: Any) -> Any:
-        """Bits of one term on its way through the array: valid, sign, exponent, index.
+    def slot_format(self, budgets: Real) -> SlotFormat:
+        """The slots of groups with these budgets, in real numbers: stored, and on the wires."""
+        xp = namespace_of(self.group_size, budgets)
+        return slot_format(as_real(self.group_size, xp), as_real(budgets, xp), self.bits)
 
-        Integers of magnitude up to 2**(bits - 1) have no exponent above bits - 1.
-        """
-        exponent_bits = math.ceil(math.log2(self.bits))
-        return 2.0 + exponent_bits + xp.ceil(xp.log2(as_real(self.group_size, xp)))
-
-    def profile(self, work: Workload, xp: Any) -> Profile:
+    def activity(self, work: Workload) -> Activity:
         """A step takes k cycles; the events are those of the terms that the weights hold."""
         folding, network = work.folding, work.network
+        xp = namespace_of(folding.K)
         statistics = work.weights
         if not isinstance(statistics, GroupTerms):
             statistics = measure_terms(network, statistics, self)
-        statistics.check(self, network)
-        k = resolve_budgets(network, self, work.budgets, statistics, xp)
-        if xp is np:
+        statistics.check(self.term_groups, network)
+        k = resolve_budgets(work, self, statistics)
+        if isinstance(k, np.ndarray):
             _check_budgets(network, self, k, statistics, relaxed=work.smoothing > 0.0)
         known = xp.asarray(statistics.measured)
         groups = folding.groups * folding.reduction_steps * folding.M
-        held, empty = statistics.within(k, xp, work.smoothing)
-        full = self._full_terms(network, k, folding, xp, work.smoothing)
+        held, empty = statistics.within(k, work.smoothing)
+        full = self._full_terms(k, folding, work.smoothing)
         added = xp.where(known, held, full) * folding.P
         empty = xp.where(known, empty, xp.where(k > 0.0, 0.0, groups))
-        slot_bits = groups * k * self.slot_bits(xp)
-        weight_bits = xp.full_like(k, float(self.bits))
+        group_size = as_real(self.group_size, xp)
+        slot = self.slot_format(k)
+        weight_bits: Real = float(self.bits)
         # Nothing packs the second operand of a product of activations, which is computed at run
         # time; weights that are given for such a layer are known beforehand.
         kinds = np.array([layer.kind for layer in network])
         packed = self.packed & ~((kinds == "matmul") & ~statistics.measured)
         if packed.any():
             words = folding.groups * folding.K * folding.M
-            weight_bits = xp.where(xp.asarray(packed), slot_bits / words, weight_bits)
-        return Profile(
-            cycles=folding.folds * folding.steps * smooth_maximum(k, 1.0, work.smoothing, xp),
+            weight_bits = xp.where(
+                xp.asarray(packed), groups * k * slot.stored_bits / words, weight_bits
+            )
+        return Activity(
+            cycles=folding.folds * folding.steps * smooth_maximum(k, 1.0, work.smoothing),
             busy=groups * k * folding.P,
             terms=added,
             events={"int8_shift": added, "int32_add": added},
             register_bits=(added + empty * folding.P) * ACCUMULATOR_BITS
             + operand_register_bits(
                 folding,
-                as_real(self.group_size, xp),
-                slot_bits * folding.P,
-                k * self.slot_bits(xp),
+                group_size,
+                groups * k * slot.wire_bits * folding.P,
+                k * slot.wire_bits,
             ),
-            encoder=None if packed.all() else encoder_entry(self.encoding),
+            encoder=None if packed.all() else terms.ENCODINGS[self.encoding].encoder,
             encoded_share=as_real(~packed, xp),
             weight_bits=weight_bits,
-            selections=added * self._multiplexers(xp),
+            # Two-input multiplexers that select one of g activations; an estimate of the wiring.
+            selections=added * (ACTIVATION_BITS * (group_size - 1.0)),
             budgets=k,
         )
 
-    def _multiplexers(self, xp: Any) -> Any:
-        """Two-input multiplexers that select one of g activations; an estimate of the wiring."""
-        return ACTIVATION_BITS * (as_real(self.group_size, xp) - 1.0)
-
-    def _extent(self, network: Network, xp: Any) -> Any:
-        """Weights among which groups are cut, integers of shape (layers,)."""
-        whole = layer_integers(network, "K", xp)
-        if self.grouping == "flat":
-            return whole
-        channels = layer_integers(network, "group_channels", xp)
-        return xp.where(channels == 1, whole, channels)
-
-    def _layer_limits(self, network: Network, xp: Any) -> Any:
-        """The most terms that a group of any integers needs, by layer."""
+    def _layer_limits(self, extents: Extents) -> Vector:
+        """The most terms that a group of any integers needs, integers of shape (layers,)."""
         most = terms.max_terms(self.encoding, self.bits)
-        size = as_integer(self.group_size, xp, "group_size")
-        return as_real(xp.minimum(self._extent(network, xp), size) * most, xp)
+        size = self.group_size
+        return namespace_of(size).minimum(self.term_groups.extents(extents), size) * most
 
-    def _full_terms(self, network: Network, k: Any, folding: Any, xp: Any, smoothing: float) -> Any:
+    def _full_terms(self, k: Vector, folding: Folding, smoothing: float) -> Vector:
         """Terms of a layer whose groups hold k, or all that they can: a ragged one may hold less.
 
         Returns:
           Real vector over layers, of all products and filters.
         """
-        size = as_integer(self.group_size, xp, "group_size")
-        extent = self._extent(network, xp)
-        rest = as_real(extent % size, xp)
+        xp = namespace_of(folding.K)
+        size = self.group_size
+        extent = self.term_groups.extents(folding.extents)
+        rest = as_real(ragged_size(extent, size), xp)
         pieces = folding.K / as_real(extent, xp)  # window positions, if groups start anew there
         most = terms.max_terms(self.encoding, self.bits)
-        ragged = smooth_minimum(k, rest * most, smoothing, xp)
+        ragged = smooth_minimum(k, rest * most, smoothing)
         each = as_real(extent // size, xp) * k + ragged
         return folding.groups * folding.M * pieces * each
 
@@ -215,26 +206,26 @@ class TermMac(GroupPE):
     paper's adders are narrower). Every activation is taken to hold s terms.
     """
 
-    data_terms: Any = 3  # s; assumed, as signed-digit data of 8 bits rarely hold more
+    data_terms: Real = 3  # s; assumed, as signed-digit data of 8 bits rarely hold more
 
     def __post_init__(self) -> None:
         """Checks the data terms as well."""
         super().__post_init__()
         check_numbers("TermMac", continuous=True, data_terms=self.data_terms)
 
-    def nominal_macs(self, budget: Any = None) -> Any:
+    def nominal_macs(self, budget: Real | None = None) -> Real:
         """g multiplications in k * s cycles."""
         return super().nominal_macs(budget) / self.data_terms
 
-    def area_um2(self, technology: Technology) -> Any:
+    def area_um2(self, technology: Technology) -> Real:
         """Derived: exponent adder, eight 8-bit coefficient counters, terms of both operands."""
         blocks = {"int8_add": 9.0}
         return composed_area(technology, blocks, 2 * ACTIVATION_BITS + 8 * 8 + ACCUMULATOR_BITS)
 
-    def profile(self, work: Workload, xp: Any) -> Profile:
+    def activity(self, work: Workload) -> Activity:
         """As `GroupPE`, with s cycles and pairs for each of its terms."""
-        single = super().profile(work, xp)
-        s = as_real(self.data_terms, xp)
+        single = super().activity(work)
+        s = self.data_terms
         pairs = single.terms * s
         return dataclasses.replace(
             single,
@@ -246,12 +237,13 @@ class TermMac(GroupPE):
         )
 
 
-def resolve_budgets(
-    network: Network, pe: GroupPE, budgets: Budgets, held: GroupTerms, xp: Any = np
-) -> Any:
+def resolve_budgets(work: Workload, pe: GroupPE, statistics: GroupTerms) -> Vector:
     """Budgets as a real vector over layers; see `evaluate` for what is accepted and raised."""
-    largest = as_real(held.largest, xp)
-    full = xp.where(xp.asarray(held.measured), largest, pe._layer_limits(network, xp))
+    network, budgets = work.network, work.budgets
+    xp = namespace_of(work.folding.K)
+    limits = as_real(pe._layer_limits(work.folding.extents), xp)
+    largest = as_real(statistics.largest, xp)
+    full = xp.where(xp.asarray(statistics.measured), largest, limits)
     if isinstance(budgets, Mapping):
         check_names("budgets", budgets, network)
         budgets = [lookup(budgets, layer) for layer in network]

@@ -10,11 +10,12 @@ byte.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-from stp_jax.hwmodel.arrays import Array, Folding
+from stp_jax.hwmodel.arrays import Array
+from stp_jax.hwmodel.folding import Folding
 from stp_jax.hwmodel.network import Network
-from stp_jax.hwmodel.numeric import as_real, smooth_maximum, smooth_step
+from stp_jax.hwmodel.numbers import Real, Vector, as_real, namespace_of
+from stp_jax.hwmodel.smoothing import smooth_maximum, smooth_step
 
 PARTIAL_SUM_BYTES = 4.0
 
@@ -23,18 +24,17 @@ PARTIAL_SUM_BYTES = 4.0
 class Traffic:
     """Counts in words and bytes, real vectors over layers."""
 
-    accesses: dict[str, Any]  # words
-    sram_bytes: dict[str, Any]  # by buffer: what passes its port, fills from DRAM included
-    dram_bytes: Any
-    first_fill_bytes: Any  # operands of the first fold, which nothing hides
+    accesses: dict[str, Vector]  # words
+    sram_bytes: dict[str, Vector]  # by buffer: what passes its port, fills from DRAM included
+    dram_bytes: Vector
+    first_fill_bytes: Vector  # operands of the first fold, which nothing hides
 
 
 def traffic(
     network: Network,
     array: Array,
     folding: Folding,
-    weight_bits: Any,
-    xp: Any,
+    weight_bits: Real,
     smoothing: float = 0.0,
 ) -> Traffic:
     """Counts every layer's accesses.
@@ -45,16 +45,17 @@ def traffic(
 
     Args:
       network: the layers.
-      array: sizes of the buffers, dataflow.
+      array: sizes of the buffers, dataflow; its numbers are arrays.
       folding: of the network onto the array.
-      weight_bits: stored bits of one weight, real vector over layers.
-      xp: array namespace.
+      weight_bits: stored bits of one weight, of all layers or one a layer.
       smoothing: width of the step where weights outgrow their buffer; 0 for a sharp one.
     """
+    xp = namespace_of(folding.K)
     groups, K, P, M = folding.groups, folding.K, folding.P, folding.M
     row_folds, col_folds = folding.row_folds, folding.col_folds
     once = xp.ones_like(K)
-    # Passes of the array over: the inputs, the weights, the outputs.
+    # Passes of the array over: the inputs, the weights, the outputs. The resident operand is read
+    # once, the other once for each fold of the resident one's other extent.
     input_passes, weight_passes, output_passes = {
         "is": (once, col_folds, row_folds),
         "ws": (col_folds, once, row_folds),
@@ -74,11 +75,11 @@ def traffic(
     }
     inputs = as_real(network.extents("input_words"), xp)
     weight_bytes = weight_bits / 8.0
-    fits_inputs = inputs / groups < as_real(array.ifmap_sram, xp) / 2.0
+    fits_inputs = inputs / groups < array.ifmap_sram / 2.0
     # Outputs resident: one column fold's filters serve all its row folds.
     reused_filters = xp.minimum(folding.cols, M) if array.dataflow == "os" else M
-    room = as_real(array.filter_sram, xp) / 2.0
-    overflow = smooth_step(K * reused_filters * weight_bytes, room, smoothing, xp)
+    room = array.filter_sram / 2.0
+    overflow = smooth_step(K * reused_filters * weight_bytes, room, smoothing)
     alive = (
         PARTIAL_SUM_BYTES
         * {
@@ -87,7 +88,7 @@ def traffic(
             "os": xp.zeros_like(P),
         }[array.dataflow]
     )
-    spills = xp.where(alive < as_real(array.ofmap_sram, xp) / 2.0, 0.0, accesses["sram_psum_read"])
+    spills = xp.where(alive < array.ofmap_sram / 2.0, 0.0, accesses["sram_psum_read"])
     accesses |= {
         "dram_ifmap_read": inputs * xp.where(fits_inputs, once, input_passes),
         "dram_filter_read": groups * K * M * (1.0 + overflow * (weight_passes - 1.0)),
@@ -111,14 +112,15 @@ def traffic(
     )
 
 
-def memory_cycles(array: Array, moved: Traffic, xp: Any, smoothing: float) -> Any:
+def memory_cycles(array: Array, moved: Traffic, smoothing: float) -> Vector:
     """Cycles that DRAM or the busiest SRAM port needs for its bytes, shape (layers,).
 
     DRAM's are those that may overlap the computation, after the fill of the first fold.
     """
-    ports = as_real(array.sram_bandwidth, xp)
-    overlapped = xp.maximum(moved.dram_bytes - moved.first_fill_bytes, 0.0)
-    cycles = overlapped / as_real(array.dram_bandwidth, xp)
+    overlapped = namespace_of(moved.dram_bytes).maximum(
+        moved.dram_bytes - moved.first_fill_bytes, 0.0
+    )
+    cycles = overlapped / array.dram_bandwidth
     for transferred in moved.sram_bytes.values():
-        cycles = smooth_maximum(cycles, transferred / ports, smoothing, xp)
+        cycles = smooth_maximum(cycles, transferred / array.sram_bandwidth, smoothing)
     return cycles

@@ -1,4 +1,4 @@
-"""Workloads: the layers of a network as matrix products, whatever operation they come from.
+"""Networks: layers as matrix products, whatever operation they come from.
 
 A layer of reduction K, positions P and filters M is ``groups`` independent products of a (P, K) by
 a (K, M) matrix. Convolutions are lowered as in SCALE-Sim (Samajdar et al., ISPASS 2020, sec. III):
@@ -195,8 +195,17 @@ class Network:
         return sum(layer.macs for layer in self.layers)
 
     def extents(self, attribute: str) -> np.ndarray:
-        """One integer property of every layer, int64 of shape (layers,)."""
-        return np.array([getattr(layer, attribute) for layer in self.layers], np.int64)
+        """One integer property of every layer, int64 of shape (layers,), read-only."""
+        if attribute not in self._extents:
+            values = np.array([getattr(layer, attribute) for layer in self.layers], np.int64)
+            values.flags.writeable = False
+            self._extents[attribute] = values
+        return self._extents[attribute]
+
+    @functools.cached_property
+    def _extents(self) -> dict[str, np.ndarray]:
+        """Properties asked for before: a network is evaluated many times and never changes."""
+        return {}
 
 
 @functools.lru_cache

@@ -1,29 +1,33 @@
-"""Real operands as the matrices that an array multiplies, and who waits for whom in it."""
+"""Operand matrices (im2col) of a layer, and the cycles of lanes in lock-step."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from stp_jax.hwmodel.network import Layer
-from stp_jax.hwmodel.term_histogram import lookup, weight_matrix
+from stp_jax.hwmodel.numbers import Operands
+from stp_jax.hwmodel.pes import PE
+from stp_jax.hwmodel.term_histogram import GroupTerms, lookup, weight_matrix
 
 
-def layer_weights(layer: Layer, weights: Any, bits: int) -> np.ndarray:
+def layer_weights(layer: Layer, weights: ArrayLike, bits: int) -> np.ndarray:
     """Integer weights of one layer by product: int64 (groups, K, M); see `weight_matrix`."""
     matrix = weight_matrix(layer, weights, bits)
     return matrix.reshape(layer.K, layer.groups, layer.M).transpose(1, 0, 2)
 
 
-def layer_patches(layer: Layer, activations: Any, bits: int) -> np.ndarray:
+def layer_patches(layer: Layer, activations: ArrayLike, bits: int) -> np.ndarray:
     """Integer inputs of one layer as patches by product: int64 (groups, K, P).
 
     Args:
       layer: the layer.
-      activations: patches (P, groups * K), channels fastest within a product; or, for convolutions,
-        the input (N, *spatial, channels), around which the layer's padding is laid.
+      activations: patches (P, groups * K), channels fastest within a product, whose axes may be
+        split where the layer is dense (as those of ``DenseGeneral`` are); or, for convolutions, the
+        input (N, *spatial, channels), around which the layer's padding is laid.
       bits: width; magnitudes must be below 2**bits.
 
     Raises:
@@ -32,7 +36,7 @@ def layer_patches(layer: Layer, activations: Any, bits: int) -> np.ndarray:
     a = check_activations(layer, activations, bits)
     if a.shape == (layer.batch, *layer.in_size, layer.channels) and layer.kernel:
         a = _patches(layer, a)
-    elif a.size == layer.P * layer.groups * layer.K and a.shape[-1] == layer.groups * layer.K:
+    elif a.size == layer.P * layer.groups * layer.K and _ends_in(layer, a.shape):
         a = a.reshape(layer.P, layer.groups, layer.K).transpose(1, 2, 0)
     else:
         raise ValueError(
@@ -43,7 +47,7 @@ def layer_patches(layer: Layer, activations: Any, bits: int) -> np.ndarray:
     return a
 
 
-def check_activations(layer: Layer, activations: Any, bits: int) -> np.ndarray:
+def check_activations(layer: Layer, activations: ArrayLike, bits: int) -> np.ndarray:
     """The activations as int64; TypeError unless integers, ValueError if 2**bits is reached."""
     a = np.asarray(activations)
     if not np.issubdtype(a.dtype, np.integer):
@@ -54,9 +58,16 @@ def check_activations(layer: Layer, activations: Any, bits: int) -> np.ndarray:
     return a
 
 
+def _ends_in(layer: Layer, shape: tuple[int, ...]) -> bool:
+    """Whether the last axis, or of a dense layer the last axes, is that of patches."""
+    most = len(shape) if layer.kind == "dense" else 1
+    return layer.groups * layer.K in (math.prod(shape[-n:]) for n in range(1, most + 1))
+
+
 def _patches(layer: Layer, a: np.ndarray) -> np.ndarray:
     axes = tuple(range(1, 1 + len(layer.kernel)))
     padded = np.pad(a, [(0, 0), *layer.padding, (0, 0)])
+    # A view of every window, of which strides and dilation choose some, is copied only at the end.
     windows = np.lib.stride_tricks.sliding_window_view(padded, layer.reach, axes)
     steps = zip(layer.out_size, layer.stride, strict=True)
     chosen = [slice(0, (out - 1) * stride + 1, stride) for out, stride in steps]
@@ -66,15 +77,15 @@ def _patches(layer: Layer, a: np.ndarray) -> np.ndarray:
     return split.transpose(1, 3, 2, 0).reshape(layer.groups, layer.K, layer.P)
 
 
-def require(what: str, given: Mapping[str, Any] | None, layer: Layer, pe: Any) -> Any:
-    """A layer's operand, or a ValueError that says who needs it."""
-    held = None if given is None else lookup(given, layer)
-    if held is None:
+def require(what: str, given: Operands | GroupTerms | None, layer: Layer, pe: PE) -> ArrayLike:
+    """A layer's operand; ValueError if it was not given to a PE that needs it."""
+    operand = lookup(given, layer) if isinstance(given, Mapping) else None
+    if operand is None:
         raise ValueError(
             f"the cycles of {type(pe).__name__} depend on the digits of the {what}; pass "
             f"{what}={{...}} with {layer.name!r}"
         )
-    return held
+    return operand
 
 
 def pad_rows(x: np.ndarray, multiple: int) -> np.ndarray:
@@ -109,6 +120,8 @@ def lockstep_cycles(
       cols: C.
       lanes: lanes of the reduction in one PE.
     """
+    # Factors are not negative, so the slowest of the pairs (m, p) that share a step has the product
+    # of the largest factors: maxima are taken over each operand before they multiply.
     if dataflow == "os":
         w = fold_maximum(weight_side, cols, 1)
         a = fold_maximum(activation_side, rows, 1)
@@ -138,6 +151,8 @@ def _row_blocks(w: np.ndarray, a: np.ndarray, size: int):
 
 def _largest_products(w: np.ndarray, a: np.ndarray) -> np.ndarray:
     """max over rows l of w[l, i] * a[l, j], shape (i, j), in slabs that fit the cache."""
+    # Where one operand is the same in all columns, as for PEs that serialise the other one alone,
+    # every column has the same maximum.
     if (a == a[:, :1]).all():
         return np.broadcast_to((w * a[:, :1]).max(axis=0)[:, None], (w.shape[1], a.shape[1]))
     if (w == w[:, :1]).all():

@@ -1,52 +1,59 @@
-"""What every processing element tells the model, and the bit-parallel baseline."""
+"""The PE interface, and the bit-parallel baseline."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 
+from stp_jax.hwmodel.folding import Extents, Folding
 from stp_jax.hwmodel.network import Network
-from stp_jax.hwmodel.numeric import check_numbers, layer_integers
+from stp_jax.hwmodel.numbers import Budgets, Operands, Real, Vector, check_numbers
 from stp_jax.hwmodel.technology import Technology
+from stp_jax.hwmodel.term_histogram import GroupTerms
 
 ACCUMULATOR_BITS = 32  # what the int32 adds of the energy tables write
 ACTIVATION_BITS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Profile:
-    """What a PE array does in each layer: real vectors over layers, all products together."""
+class Activity:
+    """Cycles and events of an array's PEs in each layer: real vectors over layers.
 
-    cycles: Any  # streaming cycles of all folds, without fill and drain
-    busy: Any  # PE-cycles in which a PE holds work
-    terms: Any  # terms added, or multiplications done
-    events: dict[str, Any]  # arithmetic, by entry of the technology's energy table
-    register_bits: Any  # register bits clocked
+    All products of a layer together.
+    """
+
+    cycles: Vector  # streaming cycles of all folds, without fill and drain
+    busy: Vector  # PE-cycles in which a PE holds work
+    terms: Vector  # terms added, or multiplications done
+    events: dict[str, Vector]  # arithmetic, by entry of the technology's energy table
+    register_bits: Vector  # register bits clocked
     encoder: str | None  # entry of the energy table, once per weight read; None: none needed
-    weight_bits: Any  # bits of one stored weight
-    encoded_share: Any = 1.0  # share of a layer's weight reads that pass the encoder
-    selections: Any = None  # two-input multiplexers that select operands, as often as they switch
-    budgets: Any = None  # k of each layer, for PEs that have budgets
+    weight_bits: Real  # bits of one stored weight
+    encoded_share: Real = 1.0  # share of a layer's weight reads that pass the encoder
+    selections: Vector | None = None  # two-input multiplexers that select operands, as they switch
+    budgets: Vector | None = None  # k of each layer, for PEs that have budgets
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What a PE is asked to run; the fields are those of `evaluate`."""
+    """A network folded onto an array, with its operands; the other fields are `evaluate`'s.
+
+    The folding's vectors are NumPy's, or JAX's where the evaluation is traced.
+    """
 
     network: Network
-    folding: Any
-    budgets: Any = None
-    weights: Any = None
-    activations: Mapping[str, Any] | None = None
+    folding: Folding
+    budgets: Budgets = None
+    weights: Operands | GroupTerms | None = None
+    activations: Operands | None = None
     smoothing: float = 0.0
 
 
 def operand_register_bits(
-    folding: Any, lanes: Any, weight_stream: Any, weight_resident: Any
-) -> Any:
+    folding: Folding, lanes: Real, weight_stream: Vector, weight_resident: Real
+) -> Vector:
     """Register bits that move operands: forwarded from PE to PE, or loaded to stay.
 
     A fold loads what stays in R cycles, in each of which all registers of all R rows shift down by
@@ -68,21 +75,25 @@ def operand_register_bits(
 
 
 class PE:
-    """A kind of processing element: how it groups the reduction, its cycles and its events."""
+    """A kind of processing element: how it groups the reduction, its cycles and its events.
 
-    def reduction_steps(self, network: Network, xp: Any) -> Any:
+    `evaluate` asks a copy whose numbers are arrays: reals, or integers in fields of metadata
+    ``stp_jax.hwmodel.numbers.INTEGER``; static fields are as they were.
+    """
+
+    def reduction_steps(self, extents: Extents) -> Vector:
         """Steps along each layer's reduction, integers of shape (layers,)."""
         raise NotImplementedError
 
-    def profile(self, work: Workload, xp: Any) -> Profile:
+    def activity(self, work: Workload) -> Activity:
         """Cycles and events of every layer; raises ValueError where operands are missing."""
         raise NotImplementedError
 
-    def nominal_macs(self, budget: Any = None) -> Any:
+    def nominal_macs(self, budget: Real | None = None) -> Real:
         """Multiply-accumulates a cycle at full 8-bit precision, or at a budget of terms a group."""
         raise NotImplementedError
 
-    def area_um2(self, technology: Technology) -> Any:
+    def area_um2(self, technology: Technology) -> Real:
         """Area of one PE."""
         raise NotImplementedError
 
@@ -93,7 +104,9 @@ def refuse_budgets(pe: PE, work: Workload) -> None:
         raise ValueError(f"{type(pe).__name__} has no budgets; leave budgets=None")
 
 
-def composed_area(technology: Technology, blocks: Mapping[str, float], register_bits: float) -> Any:
+def composed_area(
+    technology: Technology, blocks: Mapping[str, float], register_bits: float
+) -> Real:
     """Area of a datapath from its blocks, in µm². Derived.
 
     The sum of the blocks' and registers' areas, times what synthesis adds to such a sum for the
@@ -104,7 +117,7 @@ def composed_area(technology: Technology, blocks: Mapping[str, float], register_
     technology.require({*blocks, *baseline, "register_bit", "bit_parallel_pe"}, kind="area_um2")
     area = technology.area_um2
 
-    def total(blocks: Mapping[str, float], bits: float) -> Any:
+    def total(blocks: Mapping[str, float], bits: float) -> Real:
         return sum(n * area[name] for name, n in blocks.items()) + bits * area["register_bit"]
 
     overhead = area["bit_parallel_pe"] / total(baseline, 2 * ACTIVATION_BITS + ACCUMULATOR_BITS)
@@ -122,25 +135,25 @@ class BitParallel(PE):
         """Checks the width."""
         check_numbers("BitParallel", bits=self.bits)
 
-    def reduction_steps(self, network: Network, xp: Any) -> Any:
+    def reduction_steps(self, extents: Extents) -> Vector:
         """One reduction element a PE: K."""
-        return layer_integers(network, "K", xp)
+        return extents.K
 
-    def nominal_macs(self, budget: Any = None) -> Any:
+    def nominal_macs(self, budget: Real | None = None) -> Real:
         """One."""
         return 1.0
 
-    def area_um2(self, technology: Technology) -> Any:
+    def area_um2(self, technology: Technology) -> Real:
         """Area of one multiply-accumulate PE."""
         technology.require(["bit_parallel_pe"], kind="area_um2")
         return technology.area_um2["bit_parallel_pe"]
 
-    def profile(self, work: Workload, xp: Any) -> Profile:
+    def activity(self, work: Workload) -> Activity:
         """Every multiply-accumulate is done, zeros included; operand and sum are registered."""
         refuse_budgets(self, work)
         folding = work.folding
         macs = folding.macs
-        return Profile(
+        return Activity(
             cycles=folding.folds * folding.steps,
             busy=macs,
             terms=macs,
@@ -148,5 +161,5 @@ class BitParallel(PE):
             register_bits=macs * ACCUMULATOR_BITS
             + operand_register_bits(folding, 1.0, macs * self.bits, self.bits),
             encoder=None,
-            weight_bits=xp.full_like(macs, float(self.bits)),
+            weight_bits=float(self.bits),
         )

@@ -1,9 +1,9 @@
-"""Figures of reports: each takes and returns Matplotlib axes."""
+"""Figures of reports, each drawn on given Matplotlib axes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -11,8 +11,13 @@ import pandas as pd
 from stp_jax.hwmodel.arrays import Array
 from stp_jax.hwmodel.report import Report
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-def plot_energy(ax: Any, reports: Mapping[str, Report], *, components: tuple[str, ...] = ()) -> Any:
+
+def plot_energy(
+    ax: Axes, reports: Mapping[str, Report], *, components: tuple[str, ...] = ()
+) -> Axes:
     """Stacked bars of energy by component in µJ, one bar a report; all components by default."""
     names = list(reports)
     shown = components or tuple(next(iter(reports.values())).energy_pj)
@@ -67,7 +72,7 @@ def roofline(report: Report, array: Array) -> pd.DataFrame:
     )
 
 
-def plot_roofline(ax: Any, report: Report, array: Array) -> Any:
+def plot_roofline(ax: Axes, report: Report, array: Array) -> Axes:
     """Layers under the roof of a finite DRAM bandwidth, log-log.
 
     The flat roof is that of the layer with the fastest computation; layers of larger budgets, or
@@ -92,7 +97,7 @@ def plot_roofline(ax: Any, report: Report, array: Array) -> Any:
     return ax
 
 
-def plot_sensitivity(ax: Any, frame: pd.DataFrame, *, figure: str = "saving") -> Any:
+def plot_sensitivity(ax: Axes, frame: pd.DataFrame, *, figure: str = "saving") -> Axes:
     """Bars from each entry halved to doubled, widest on top, of what `sensitivity` returned."""
     moved = frame[frame["elasticity"] != 0]
     width = (moved["doubled"] - moved["halved"]).abs()

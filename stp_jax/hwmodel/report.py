@@ -1,16 +1,15 @@
-"""What an evaluation reports, by layer and in total, and the computational saving."""
+"""The report of an evaluation, by layer and in total, and the computational saving."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import numpy as np
 import pandas as pd
 
 from stp_jax.hwmodel.network import Network
-from stp_jax.hwmodel.numeric import EXACT_END
+from stp_jax.hwmodel.numbers import EXACT_END, Real, Vector
 
 
 @jax.tree_util.register_dataclass
@@ -38,34 +37,34 @@ class Report:
 
     network: Network = dataclasses.field(metadata={"static": True})
     node_nm: float = dataclasses.field(metadata={"static": True})
-    budgets: Any
-    cycles: Any
-    stall_cycles: Any
-    utilization: Any
-    operations: dict[str, Any]
-    accesses: dict[str, Any]
-    dram_bytes: Any
-    sram_bytes: dict[str, Any]
-    energy_pj: dict[str, Any]
-    select_pj: Any
+    budgets: Vector | None
+    cycles: Vector
+    stall_cycles: Vector
+    utilization: Vector
+    operations: dict[str, Vector]
+    accesses: dict[str, Vector]
+    dram_bytes: Vector
+    sram_bytes: dict[str, Vector]
+    energy_pj: dict[str, Vector]
+    select_pj: Vector
 
     @property
-    def total_cycles(self) -> Any:
+    def total_cycles(self) -> Real:
         """Cycles of all layers, one after the other."""
         return self.cycles.sum(axis=-1)
 
     @property
-    def compute_cycles(self) -> Any:
+    def compute_cycles(self) -> Vector:
         """Cycles without stalls."""
         return self.cycles - self.stall_cycles
 
     @property
-    def total_energy_pj(self) -> Any:
+    def total_energy_pj(self) -> Real:
         """Energy of all components and layers."""
         return sum(energy.sum(axis=-1) for energy in self.energy_pj.values())
 
     @property
-    def terms_per_mac(self) -> Any:
+    def terms_per_mac(self) -> Real:
         """Terms added per multiply-accumulate; 1 for a multiplier.
 
         Each weight counts as often as it is used, so that this is not the mean over weights.
@@ -78,19 +77,14 @@ class Report:
         Energies and fractions stay real.
         """
 
-        def whole(x: Any) -> Any:
+        def whole(x: Vector) -> Vector:
             if not isinstance(x, np.ndarray) or not (np.abs(x) < EXACT_END).all():
                 return x
             return x.astype(np.int64) if (x == np.rint(x)).all() else x
 
         names = ("budgets", "cycles", "stall_cycles", "operations", "accesses")
-        return dataclasses.replace(
-            self,
-            **{
-                name: jax.tree.map(whole, getattr(self, name))
-                for name in (*names, "dram_bytes", "sram_bytes")
-            },
-        )
+        counts = {name: getattr(self, name) for name in (*names, "dram_bytes", "sram_bytes")}
+        return dataclasses.replace(self, **jax.tree.map(whole, counts))
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a layer; columns carry their unit."""
@@ -121,7 +115,7 @@ class Report:
         energies = {f"{name} µJ": frame[f"{name}_pj"] * 1e-6 for name in self.energy_pj}
         for name, energy in energies.items():
             shown[name] = energy.map("{:.3f}".format)
-        total: dict[str, Any] = dict.fromkeys(shown.columns, "")
+        total: dict[str, object] = dict.fromkeys(shown.columns, "")
         total |= {name: f"{energy.sum():.3f}" for name, energy in energies.items()}
         busy = (frame["utilization"] * frame["cycles"]).sum() / frame["cycles"].sum()
         total |= {"cycles": frame["cycles"].sum(), "util %": f"{100 * busy:.1f}"}
@@ -134,7 +128,7 @@ class Report:
 
 def computational_saving(
     baseline: Report, ours: Report, *, encoder: bool = False, select: bool = False
-) -> Any:
+) -> Real:
     """Array energy of ``baseline`` divided by that of ``ours``: the paper's headline figure.
 
     ``baseline`` is the int8 bit-parallel input-stationary array, ``ours`` the same network on an

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from stp_jax.hwmodel.arrays import Array, Dataflow
 from stp_jax.hwmodel.evaluate import evaluate
 from stp_jax.hwmodel.group_pe import GroupPE
 from stp_jax.hwmodel.network import Network
-from stp_jax.hwmodel.numeric import INT32_END
+from stp_jax.hwmodel.numbers import INT32_END, Real
 from stp_jax.hwmodel.pes import PE, BitParallel
 from stp_jax.hwmodel.technology import HOROWITZ_45NM, Technology
 
@@ -113,7 +112,7 @@ def _check(network: Network, values: Mapping[str, np.ndarray], pe: PE) -> int:
 
 @functools.lru_cache(maxsize=32)
 def _evaluator(network: Network, dataflow: Dataflow, names: tuple[str, ...]) -> Callable:
-    def one(design: dict[str, Any], pe: PE, technology: Technology) -> dict[str, Any]:
+    def one(design: dict[str, jax.Array], pe: PE, technology: Technology) -> dict[str, Real]:
         sizes = {"rows": 32, "cols": 32} | {n: design[n] for n in ARRAY_FIELDS if n in design}
         if isinstance(pe, GroupPE) and "group_size" in design:
             pe = dataclasses.replace(pe, group_size=design["group_size"])

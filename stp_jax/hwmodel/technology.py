@@ -13,10 +13,10 @@ import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
+
+from stp_jax.hwmodel.numbers import Real, namespace_of
 
 _SRAM_BYTES = {"sram_8kib_64b": 8 << 10, "sram_32kib_64b": 32 << 10, "sram_1mib_64b": 1 << 20}
 
@@ -38,8 +38,8 @@ class Technology:
 
     name: str = dataclasses.field(metadata={"static": True})
     node_nm: float = dataclasses.field(metadata={"static": True})
-    energy_pj: dict[str, Any]
-    area_um2: dict[str, Any]
+    energy_pj: Mapping[str, Real]
+    area_um2: Mapping[str, Real]
     # Pairs of ``energy_pj.ENTRY`` or ``area_um2.ENTRY`` and where the number comes from.
     sources: tuple[tuple[str, str], ...] = dataclasses.field(metadata={"static": True})
 
@@ -63,20 +63,21 @@ class Technology:
                 f"{', '.join(missing)}; it has {', '.join(sorted(getattr(self, kind)))}"
             )
 
-    def replace(self, *, source: str, **energies: float) -> Technology:
+    def replace(self, *, source: str, **energies: Real) -> Technology:
         """The same table with other energies (pJ), whose source is given."""
         self.require(energies)
         changed = {f"energy_pj.{entry}" for entry in energies}
         sources = tuple((e, source if e in changed else s) for e, s in self.sources)
         return dataclasses.replace(self, energy_pj={**self.energy_pj, **energies}, sources=sources)
 
-    def sram_pj_per_byte(self, capacity: Any, xp: Any = np) -> Any:
+    def sram_pj_per_byte(self, capacity: Real) -> Real:
         """Energy of one byte at an SRAM of ``capacity`` bytes, shape of ``capacity``.
 
         Derived: linear in log-log between the table's capacities (a power law), held constant
         below the smallest and continued with the last segment's exponent above the largest.
         """
         self.require(_SRAM_BYTES)
+        xp = namespace_of(capacity, *self.energy_pj.values())
         sizes = [math.log(size) for size in _SRAM_BYTES.values()]
         energy = [xp.log(xp.asarray(self.energy_pj[entry] * 1.0)) for entry in _SRAM_BYTES]
         slopes = [

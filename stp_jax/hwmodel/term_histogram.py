@@ -1,23 +1,77 @@
-"""What real integer weights hold: terms per group, measured once and small afterwards."""
+"""Histograms of terms per group, for each layer of a network."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Literal, Protocol, TypeVar, get_args
 
-import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from stp_jax import terms
+from stp_jax.hwmodel.folding import Extents
 from stp_jax.hwmodel.network import Layer, Network
-from stp_jax.hwmodel.numeric import as_real, smooth_minimum
+from stp_jax.hwmodel.numbers import Operands, Real, Vector, as_real, namespace_of
+from stp_jax.hwmodel.smoothing import smooth_minimum
+from stp_jax.terms.groups import GroupLayout, group_count
 
-if TYPE_CHECKING:
-    from stp_jax.hwmodel.group_pe import GroupPE
+Grouping = Literal["flat", "channels"]
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TermGroups:
+    """Which weights share a budget, and how their terms are counted: all a histogram depends on.
+
+    Attributes:
+      group_size: g; may be traced, but not to measure with.
+      grouping: ``flat`` groups run over window and channels, ``channels`` start anew at each
+        window position; see `GroupPE`.
+      encoding: of the terms.
+      bits: width of the integer weights.
+
+    Raises:
+      ValueError: an unknown encoding or grouping, or bits out of range.
+    """
+
+    group_size: Real = 8
+    grouping: Grouping = "flat"
+    encoding: terms.Encoding = "naf"
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        """Checks what is static."""
+        terms.num_digits(self.encoding, self.bits)  # raises where there is no such encoding
+        if self.grouping not in get_args(Grouping):
+            raise ValueError(f"grouping must be one of {get_args(Grouping)}, got {self.grouping!r}")
+
+    def layout(self, layer: Layer) -> GroupLayout:
+        """The groups of a layer's weights as (window, channels of a group, filters)."""
+        anew = self.grouping == "channels" and layer.group_channels > 1
+        return GroupLayout(int(self.group_size), axes=(1,) if anew else (0, 1))
+
+    def extents(self, extents: Extents) -> np.ndarray:
+        """Weights among which groups are cut: integers of shape (layers,)."""
+        channels = extents.group_channels
+        if self.grouping == "flat":
+            return extents.K
+        return np.where(channels == 1, extents.K, channels)
+
+    def along_reduction(self, extents: Extents) -> Vector:
+        """Groups along each layer's reduction: integers of shape (layers,)."""
+        cut = self.extents(extents)
+        return extents.K // cut * group_count(cut, self.group_size)
+
+
+class HasTermGroups(Protocol):
+    """A PE whose cycles follow from the terms in groups of weights."""
+
+    @property
+    def term_groups(self) -> TermGroups:
+        """The groups that it works on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,31 +82,28 @@ class GroupTerms:
       histogram: int64 (layers, maximum + 1), groups that hold so many terms; zeros where a layer's
         weights are not known.
       measured: bool (layers,), whether they are.
-      grouped: group size, grouping, encoding and bits of the PE that it was measured for.
+      groups: what was counted.
       shapes: name, kernel, input channels of a group and filters of each layer; batch and image
         size do not matter to weights.
     """
 
     histogram: np.ndarray
     measured: np.ndarray
-    grouped: tuple[int, str, str, int]
+    groups: TermGroups
     shapes: tuple[tuple[str, tuple[int, ...], int, int], ...]
 
-    def check(self, pe: GroupPE, network: Network) -> None:
-        """Raises ValueError if the network has other layers or the PE other groups or terms."""
+    def check(self, groups: TermGroups, network: Network) -> None:
+        """Raises ValueError if the network has other layers, or groups or terms are others."""
         for mine, theirs in itertools.zip_longest(self.shapes, weight_shapes(network)):
             if mine != theirs:
                 raise ValueError(
                     "terms were measured on another network: (layer, kernel, channels, filters) "
                     f"= {mine} then, {theirs} now"
                 )
-        group_size, *rest = grouping_of(pe)
-        concrete = isinstance(group_size, int | np.integer)
-        if tuple(rest) != self.grouped[1:] or (concrete and group_size != self.grouped[0]):
-            raise ValueError(
-                f"terms were measured for (group size, grouping, encoding, bits) = {self.grouped}, "
-                f"the PE has {grouping_of(pe)}"
-            )
+        concrete = isinstance(groups.group_size, int | np.integer)
+        size = groups.group_size if concrete else self.groups.group_size
+        if dataclasses.replace(groups, group_size=size) != self.groups:
+            raise ValueError(f"terms were measured for {self.groups}, the PE has {groups}")
 
     @property
     def largest(self) -> np.ndarray:
@@ -60,14 +111,15 @@ class GroupTerms:
         held = np.arange(self.histogram.shape[1]) * (self.histogram > 0)
         return held.max(axis=1)
 
-    def within(self, budgets: Any, xp: Any, smoothing: float = 0.0) -> tuple[Any, Any]:
+    def within(self, budgets: Vector, smoothing: float = 0.0) -> tuple[Vector, Vector]:
         """Terms held by groups capped at ``budgets``, and groups without a term.
 
         Real vectors over layers, zeros where weights are not known.
         """
+        xp = namespace_of(budgets)
         counts = xp.arange(self.histogram.shape[1], dtype=budgets.dtype)[None, :]
         histogram = as_real(self.histogram, xp)
-        held = xp.sum(histogram * smooth_minimum(counts, budgets[:, None], smoothing, xp), axis=1)
+        held = xp.sum(histogram * smooth_minimum(counts, budgets[:, None], smoothing), axis=1)
         return held, histogram[:, 0]
 
 
@@ -76,17 +128,12 @@ def weight_shapes(network: Network) -> tuple[tuple[str, tuple[int, ...], int, in
     return tuple((la.name, la.kernel, la.group_channels, la.filters) for la in network)
 
 
-def grouping_of(pe: GroupPE) -> tuple[int, str, str, int]:
-    """What the statistics of a PE depend on."""
-    return pe.group_size, pe.grouping, pe.encoding, pe.bits
-
-
 def base_name(name: str) -> str:
     """A layer's module path, without the ``@n`` of repeated uses."""
     return name.split("@")[0]
 
 
-def check_names(what: str, given: Mapping[str, Any], network: Network) -> None:
+def check_names(what: str, given: Mapping[str, object], network: Network) -> None:
     """Raises ValueError that lists keys which name no layer of the network."""
     known = {base_name(name) for name in network.names} | set(network.names)
     unknown = sorted(set(given) - known)
@@ -96,12 +143,12 @@ def check_names(what: str, given: Mapping[str, Any], network: Network) -> None:
         )
 
 
-def lookup(given: Mapping[str, Any], layer: Layer) -> Any:
+def lookup(given: Mapping[str, _T], layer: Layer) -> _T | None:
     """A layer's entry by its name or by its module's, None if there is none."""
     return given.get(layer.name, given.get(base_name(layer.name)))
 
 
-def weight_matrix(layer: Layer, weights: Any, bits: int) -> np.ndarray:
+def weight_matrix(layer: Layer, weights: ArrayLike, bits: int) -> np.ndarray:
     """A layer's integer weights as a matrix of reduction x filters.
 
     Args:
@@ -156,32 +203,13 @@ def weight_shape(layer: Layer) -> tuple[int, ...]:
     return (*layer.kernel, layer.group_channels, layer.filters)
 
 
-@functools.lru_cache
-def term_counts(encoding: terms.Encoding, bits: int) -> np.ndarray:
-    """Terms of every integer from -2**(bits-1) to 2**(bits-1), int64."""
-    half = 1 << (bits - 1)
-    with jax.ensure_compile_time_eval():
-        return np.asarray(terms.count(np.arange(-half, half + 1), encoding, bits), np.int64)
-
-
-def group_sums(layer: Layer, values: np.ndarray, pe: GroupPE) -> np.ndarray:
-    """Sums of ``values`` (K, filters) over the PE's groups: (groups, filters)."""
-    size, filters = int(pe.group_size), values.shape[1]
-    if pe.grouping == "channels" and layer.group_channels > 1:
-        values = values.reshape(layer.window, layer.group_channels, filters)
-    else:
-        values = values.reshape(1, layer.K, filters)
-    padded = np.pad(values, ((0, 0), (0, -values.shape[1] % size), (0, 0)))
-    return padded.reshape(-1, size, filters).sum(axis=1)
-
-
-def measure_terms(network: Network, weights: Mapping[str, Any] | None, pe: GroupPE) -> GroupTerms:
+def measure_terms(network: Network, weights: Operands | None, pe: HasTermGroups) -> GroupTerms:
     """Counts the terms in every group of the given layers' weights.
 
     Args:
       network: the layers.
       weights: integer arrays by layer name (HWIO, or in by out); layers left out are unknown.
-      pe: group size, grouping, encoding and width; group_size must be concrete.
+      pe: a `GroupPE`, for its group size (concrete), grouping, encoding and width.
 
     Raises:
       ValueError: a name without a layer, another layout (see `weight_matrix`), a value out of
@@ -190,18 +218,21 @@ def measure_terms(network: Network, weights: Mapping[str, Any] | None, pe: Group
     """
     weights = weights or {}
     check_names("weights", weights, network)
-    counts = term_counts(pe.encoding, pe.bits)
-    half = 1 << (pe.bits - 1)
+    groups = pe.term_groups
+    counts = terms.count_table(groups.encoding, groups.bits)
+    half = 1 << (groups.bits - 1)
     histograms = []
     for layer in network:
         held = lookup(weights, layer)
         if held is None:
             histograms.append(np.zeros(1, np.int64))
             continue
-        matrix = weight_matrix(layer, held, pe.bits)
-        histograms.append(np.bincount(group_sums(layer, counts[matrix + half], pe).ravel()))
+        matrix = weight_matrix(layer, held, groups.bits)
+        by_position = (layer.window, layer.group_channels, layer.filters)
+        held_counts = counts[matrix + half].reshape(by_position)
+        histograms.append(np.bincount(groups.layout(layer).sums(held_counts).ravel()))
     histogram = np.zeros((len(network), max(map(len, histograms))), np.int64)
     for row, values in zip(histogram, histograms, strict=True):
         row[: len(values)] = values
     measured = np.asarray(histogram.any(axis=1))
-    return GroupTerms(histogram, measured, grouping_of(pe), weight_shapes(network))
+    return GroupTerms(histogram, measured, groups, weight_shapes(network))

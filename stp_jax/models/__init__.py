@@ -4,7 +4,6 @@ from stp_jax.models.efficientnet import EfficientNetLite
 from stp_jax.models.lstm import LSTMLanguageModel
 from stp_jax.models.mlp import MLP
 from stp_jax.models.mobilenet import MobileNetV2
-from stp_jax.models.policies import all_terms_layers, default_policy
 from stp_jax.models.registry import MODELS, create, model_options
 from stp_jax.models.resnet import BasicBlock, CifarResNet, ResNet
 from stp_jax.models.torch_import import load_torch, torch_variables
@@ -22,9 +21,7 @@ __all__ = [
     "MobileNetV2",
     "ResNet",
     "VisionTransformer",
-    "all_terms_layers",
     "create",
-    "default_policy",
     "load_torch",
     "model_options",
     "torch_variables",

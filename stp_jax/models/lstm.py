@@ -54,6 +54,10 @@ class LSTMLayer(nnx.Module):
 class LSTMLanguageModel(nnx.Module):
     """Embedding, LSTM layers and a dense layer over the vocabulary."""
 
+    # Gates get budgets, input and recurrent alike: sigmoid and tanh bound what their errors do. The
+    # embedding is read, not multiplied, and stays float (`Rule.embeddings`).
+    exempt_layers = ("decoder",)
+
     def __init__(
         self,
         *,

@@ -16,6 +16,14 @@ class MLP(nnx.Module):
     Named as a torch.nn.Sequential `layers` that has its ReLUs at the odd places.
     """
 
+    @property
+    def exempt_layers(self) -> tuple[str, ...]:
+        """The last layer keeps all terms.
+
+        The first one sees whole groups and holds a large share of the weights: it gets a budget.
+        """
+        return (rf"layers\.{len(self.layers) - 1}",)
+
     def __init__(
         self,
         *,

@@ -1,125 +1,60 @@
-"""Budgets by layer for a whole model: what a term costs in each layer, and what it is worth."""
+"""Budgets by layer for a whole model: its error curves, and the total that its layers share."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
-import numpy as np
-from flax import nnx
 
-from stp_jax.quant.nnx import budgets, quantized_layers
+from stp_jax.quant.budgets import budgets
+from stp_jax.quant.layers import quantized_layers
 from stp_jax.quant.sensitivity import error_curves, group_counts
 from stp_jax.terms.budgets import allocate_budgets
 
-# What budgets share out: terms to store, the array's cycles or energy, or terms and energy in equal
-# parts.
-Resource = Literal["terms", "cycles", "energy", "balanced"]
 
-
-def term_costs(
-    model: nnx.Module,
-    *,
-    per: Resource = "terms",
-    example: Any = None,
-    array: Any = None,
-) -> dict[str, float]:
-    """What one more term per group costs in each layer that has a budget rule.
-
-    Costs are shares of what one term in every weight of these layers costs, so that budgets of a
-    total cost t take as much as t terms per weight everywhere. For ``cycles`` and ``energy`` the
-    accelerator model is asked, for a second term in every group.
+def normalized_costs(model: Any, costs: Mapping[str, float]) -> dict[str, float]:
+    """Costs by layer, in units of what one term per weight in all of these layers costs.
 
     Args:
       model: an STP model.
-      per: ``terms`` (each weight counts once), ``cycles`` or ``energy`` of the array (each use
-        counts), or ``balanced``, the mean of terms and energy.
-      example: one input, or its shape and dtype, for all but ``terms``.
-      array: a `stp_jax.hwmodel.Array` of group PEs; by default 32×32, with the groups of the first
-        rule.
-
-    Returns:
-      Layer path → cost per term, without unit.
-
-    Raises:
-      ValueError: per is none of these, the example is missing where it is needed, or layers are
-        stacked.
+      costs: layer path → cost of one more term in each of the layer's groups, in any unit.
     """
-    if per not in get_args(Resource):
-        raise ValueError(f"per must be one of {', '.join(get_args(Resource))}, got {per!r}")
-    if per != "terms" and example is None:
-        raise ValueError(f"per={per!r} needs an example input, whose shape gives the layers' sizes")
-    paths, layers = list(budgets(model)), quantized_layers(model)
-    groups = group_counts(model)
-    sizes = {path: layers[path].kernel.size for path in paths}
-    if per == "balanced":
-        both = [term_costs(model, per=one, example=example, array=array) for one in _BALANCED]
-        return {path: float(np.mean([costs[path] for costs in both])) for path in paths}
-    if per == "terms":
-        costs = {path: float(groups[path]) for path in paths}
-    else:
-        costs = _array_costs(model, paths, per, example, array)
-    # One term in every weight is size / groups terms in every group.
-    whole = sum(costs[path] * sizes[path] / groups[path] for path in paths)
+    layers, groups = quantized_layers(model), group_counts(model)
+    # One term per weight is size / groups terms in every group.
+    whole = sum(cost * layers[path].kernel.size / groups[path] for path, cost in costs.items())
     return {path: cost / whole for path, cost in costs.items()}
 
 
-_BALANCED: tuple[Resource, Resource] = ("terms", "energy")
-
-
-def _array_costs(
-    model: nnx.Module, paths: list[str], per: Resource, example: Any, array: Any
-) -> dict[str, float]:
-    from stp_jax import hwmodel  # the accelerator model is not needed for anything else here
-
-    if array is None:
-        rule = quantized_layers(model)[paths[0]].quantizer.rule
-        pe = hwmodel.GroupPE(
-            group_size=rule.group_size, encoding=rule.encoding, bits=rule.bits, grouping="channels"
-        )
-        array = hwmodel.Array(rows=32, cols=32, pe=pe)
-    network = hwmodel.trace(model, example)
-
-    def cost(budget: int) -> np.ndarray:
-        report = hwmodel.evaluate(network, array, budgets=budget)
-        return np.asarray(report.cycles if per == "cycles" else report.energy_pj["array"])
-
-    costs = dict.fromkeys(paths, 0.0)
-    for name, more in zip(network.names, cost(2) - cost(1), strict=True):
-        path = name.partition("@")[0]  # a shared module is used again as path@2
-        if path in costs:
-            costs[path] += float(more)
-    unused = [path for path, c in costs.items() if not c]
-    if unused:
-        raise ValueError(f"the model does not use layer {unused[0]!r} on this example")
-    return costs
+def storage_costs(model: Any) -> dict[str, float]:
+    """What a term per group takes to store, by layer with a budget rule; see `normalized_costs`."""
+    groups = group_counts(model)
+    return normalized_costs(model, {path: float(groups[path]) for path in budgets(model)})
 
 
 def allocate(
-    model: nnx.Module,
-    terms_per_weight: float,
+    model: Any,
+    total: float,
     *,
-    per: Resource = "terms",
+    costs: Mapping[str, float] | None = None,
     importance: Mapping[str, jax.Array] | None = None,
-    example: Any = None,
-    array: Any = None,
 ) -> dict[str, int]:
-    """Budgets by layer of least weighted error, for a total of terms, cycles or energy.
+    """Budgets by layer of least weighted error, within a total cost.
 
     Args:
-      model: an STP model whose rules use the NAF and optimal projection; it is not changed.
-      terms_per_weight: the total: what so many terms in every weight would take of ``per``.
-      per: what is shared out (see `term_costs`).
+      model: an STP model whose rules use the NAF and optimal projection (a Linen one with its
+        variables); it is not changed.
+      total: the cost that all layers may take together. In the units of `stp_jax.term_costs` it is
+        the mean number of terms per weight.
+      costs: layer path → cost of one more term per group; terms to store by default.
+        `stp_jax.term_costs` has those of the accelerator.
       importance: weights of the squared errors by layer, best `squared_gradients`; ones by default.
-      example: as for `term_costs`.
-      array: as for `term_costs`.
 
     Returns:
       Layer path → terms per group, for `set_budgets`. At least one in each layer.
 
     Raises:
-      ValueError: as by `term_costs`, `error_curves` and `stp_jax.terms.allocate_budgets`.
+      ValueError: as by `error_curves` and `stp_jax.terms.allocate_budgets`.
 
     >>> import stp_jax
     >>> from flax import nnx
@@ -128,6 +63,9 @@ def allocate(
     >>> stp_jax.allocate(model, 0.5)
     {'': 4}
     """
-    costs = term_costs(model, per=per, example=example, array=array)
+    costs = storage_costs(model) if costs is None else costs
     curves = error_curves(model, importance=importance)
-    return allocate_budgets({path: curves[path] for path in costs}, costs, terms_per_weight)
+    unknown = sorted(set(costs) - set(curves))
+    if unknown:
+        raise ValueError(f"costs name no quantized layer: {', '.join(unknown)}")
+    return allocate_budgets({path: curves[path] for path in costs}, costs, total)

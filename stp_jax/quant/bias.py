@@ -9,110 +9,93 @@ running mean of the BatchNorm that follows.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from stp_jax.quant.nnx import (
-    Layer,
-    QuantizedLayer,
-    call_model,
-    check_batches,
-    product_hook,
-    quantized_layers,
-)
+from stp_jax import hooks
+from stp_jax.hooks import Hooks, KernelLayer
+from stp_jax.quant.calibration import call_model, check_batches
+from stp_jax.quant.layers import quantized_layers
 
 
-def _replace_product(layer: Layer, wrap: Callable[[Callable], Callable]) -> None:
-    hook = product_hook(layer)
-    assert hook is not None
-    setattr(layer, hook, nnx.static(wrap(getattr(layer, hook) or jax.lax.dot_general)))
-
-
-def _batch_norms(model: nnx.Module) -> Iterator[tuple[str, nnx.BatchNorm]]:
-    for path, module in nnx.iter_modules(model):
-        if isinstance(module, nnx.BatchNorm):
-            yield ".".join(map(str, path)), module
-
-
-def _find_batch_norms(model: nnx.Module, batch: Any, call: Callable) -> dict[str, str]:
+def _find_batch_norms(model: Any, batch: Any, call: Callable) -> dict[str, str]:
     """The BatchNorm that takes the very output of each quantized layer, by the layers' paths."""
-    graphdef, state = nnx.split(model)
+    layers = quantized_layers(model)
+    state, rebuild = hooks.functional(model)
     followers: dict[str, str] = {}
 
-    def trace(state: nnx.State, batch: Any) -> None:
-        probe = nnx.merge(graphdef, state, copy=True)
+    def trace(state: Any, batch: Any) -> None:
         outputs: list[tuple[str, jax.Array]] = []
 
-        def remember(path: str, product: Callable) -> Callable:
+        def remember(layer: KernelLayer, product: Callable) -> Callable | None:
+            if layer.path not in layers or not layer.has_plain_product:
+                return None
+
             def remembered(*args: Any, **kwargs: Any) -> jax.Array:
-                outputs.append((path, product(*args, **kwargs)))
+                outputs.append((layer.path, product(*args, **kwargs)))
                 return outputs[-1][1]
 
             return remembered
 
-        def recognise(path: str, promote: Callable) -> Callable:
-            def recognised(operands: tuple[Any, ...], **kwargs: Any) -> tuple[Any, ...]:
-                followers.update((name, path) for name, y in outputs if y is operands[0])
-                return promote(operands, **kwargs)
+        def recognise(path: str, x: jax.Array) -> None:
+            followers.update((name, path) for name, y in outputs if y is x)
 
-            return recognised
-
-        for path, quantized in quantized_layers(probe).items():
-            if product_hook(quantized.layer):
-                _replace_product(quantized.layer, functools.partial(remember, path))
-        for path, norm in _batch_norms(probe):
-            norm.promote_dtype = nnx.static(recognise(path, norm.promote_dtype))
+        probe = hooks.attach(rebuild(state), Hooks(product=remember, batch_norm_input=recognise))
         call(probe, batch)
 
     jax.eval_shape(trace, state, batch)
     return followers
 
 
-def _watch(quantized: QuantizedLayer, record: Callable[[jax.Array], None]) -> None:
-    """Makes the layer record its channels' shift, and compute as if it were corrected."""
-    layer, quantizer = quantized
-    before: list[jax.Array] = []
+def _observing(ndims: dict[str, int], seen: dict[str, list[jax.Array]]) -> Hooks:
+    """Records each layer's shift per channel, while layers compute as if they were corrected.
 
-    def promote(operands: tuple[Any, ...], **kwargs: Any) -> tuple[Any, ...]:
-        before[:] = [operands[1]]
-        return quantizer(operands, **kwargs)
+    Args:
+      ndims: axes of the channels by layer path.
+      seen: takes the shifts, call by call.
+    """
+    kernels: dict[str, jax.Array] = {}  # as they were before quantization
 
-    def corrected(product: Callable) -> Callable:
+    def operands(layer: KernelLayer, promote: Callable) -> Callable | None:
+        if layer.path not in ndims:
+            return None
+
+        def promoted(operands: tuple[Any, ...], **kwargs: Any) -> tuple[Any, ...]:
+            kernels[layer.path] = operands[1]
+            return promote(operands, **kwargs)
+
+        return promoted
+
+    def product(layer: KernelLayer, product: Callable) -> Callable | None:
+        if layer.path not in ndims:
+            return None
+
         def compute(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-            error = kernel - before[0].astype(kernel.dtype)
+            error = kernel - kernels[layer.path].astype(kernel.dtype)
             moved = product(x, error, *args, **kwargs)
-            channels = 1 if layer.bias is None else layer.bias[...].ndim
-            shift = jnp.mean(moved.astype(jnp.float32), axis=tuple(range(moved.ndim - channels)))
-            record(shift)
-            lead = (1,) * (moved.ndim - channels)
-            return product(x, kernel, *args, **kwargs) - shift.reshape(lead + shift.shape).astype(
-                moved.dtype
-            )
+            lead = moved.ndim - ndims[layer.path]
+            shift = jnp.mean(moved.astype(jnp.float32), axis=tuple(range(lead)))
+            seen[layer.path].append(shift)
+            correction = shift.reshape((1,) * lead + shift.shape).astype(moved.dtype)
+            return product(x, kernel, *args, **kwargs) - correction
 
         return compute
 
-    layer.promote_dtype = nnx.static(promote)
-    _replace_product(layer, corrected)
+    return Hooks(operands=operands, product=product)
 
 
 def _mean_shifts(
-    model: nnx.Module, paths: list[str], batches: Iterable[Any], call: Callable
+    model: Any, ndims: dict[str, int], batches: Iterable[Any], call: Callable
 ) -> dict[str, jax.Array]:
-    graphdef, state = nnx.split(model)
+    state, rebuild = hooks.functional(model)
 
     @jax.jit
-    def observe(state: nnx.State, batch: Any) -> dict[str, jax.Array]:
-        probe = nnx.merge(graphdef, state, copy=True)
-        layers = quantized_layers(probe)
-        seen: dict[str, list[jax.Array]] = {path: [] for path in paths}
-        for path in paths:
-            _watch(layers[path], seen[path].append)
-        call(probe, batch)
+    def observe(state: Any, batch: Any) -> dict[str, jax.Array]:
+        seen: dict[str, list[jax.Array]] = {path: [] for path in ndims}
+        call(hooks.attach(rebuild(state), _observing(ndims, seen)), batch)
         return {path: jnp.mean(jnp.stack(calls), axis=0) for path, calls in seen.items() if calls}
 
     total, count = None, 0
@@ -125,7 +108,7 @@ def _mean_shifts(
 
 
 def correct_bias(
-    model: nnx.Module,
+    model: Any,
     batches: Iterable[Any],
     *,
     call: Callable[[Any, Any], Any] = call_model,
@@ -137,7 +120,7 @@ def correct_bias(
     after calibration and after ``model.eval()``: a second run would correct as much again.
 
     Args:
-      model: an STP model in evaluation mode.
+      model: an STP model in evaluation mode; a Linen one with its variables.
       batches: inputs, each given to the model as its only argument; batches count equally.
       call: how to call the model on a batch otherwise.
 
@@ -153,8 +136,7 @@ def correct_bias(
     batches = list(batches)
     if not batches:
         raise ValueError("bias correction needs at least one batch of inputs")
-    norms = dict(_batch_norms(model))
-    training = [path for path, norm in norms.items() if not norm.use_running_average]
+    training = hooks.training_batch_norms(model)
     if training:
         raise ValueError(
             f"BatchNorm {training[0]!r} is in training mode and would not use its running mean; "
@@ -162,21 +144,28 @@ def correct_bias(
         )
     layers = quantized_layers(model)
     followers = _find_batch_norms(model, batches[0], call)
-    biased = [p for p, q in layers.items() if product_hook(q.layer) and q.layer.bias is not None]
-    paths = biased + [path for path in followers if path not in biased]
-    if not paths:
+    biases = {
+        path: bias
+        for path, quantized in layers.items()
+        if quantized.layer.has_plain_product
+        and (bias := hooks.get_variable(model, path, "bias")) is not None
+    }
+    ndims = {path: bias.ndim for path, bias in biases.items()}
+    ndims |= {path: 1 for path in followers if path not in biases}
+    if not ndims:
         raise ValueError("no quantized layer has a bias or goes straight into a BatchNorm")
     try:
-        shifts = _mean_shifts(model, paths, batches, call)
+        shifts = _mean_shifts(model, ndims, batches, call)
     except jax.errors.UnexpectedTracerError:
         raise ValueError(
             "a quantized layer runs inside a scan, vmap or the like; its outputs cannot be seen"
         ) from None
     for path, shift in shifts.items():
-        if path in biased:
-            bias = layers[path].layer.bias
-            bias[...] = bias[...] - shift.astype(bias[...].dtype)
+        if path in biases:
+            bias = biases[path]
+            hooks.set_variable(model, path, "bias", bias - shift.astype(bias.dtype))
         else:
-            mean = norms[followers[path]].mean
-            mean[...] = mean[...] + shift.astype(mean[...].dtype)
+            mean = hooks.get_variable(model, followers[path], "mean")
+            assert mean is not None
+            hooks.set_variable(model, followers[path], "mean", mean + shift.astype(mean.dtype))
     return shifts

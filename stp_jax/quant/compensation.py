@@ -1,7 +1,8 @@
-"""Compensated projection of a whole model: grams of the layers' inputs, then `project_compensated`.
+"""Compensated projection of a model: each layer's errors make up for each other on its inputs.
 
-The grams come from one pass of example batches through the model as it stands, so that layers are
-treated alike and in any order. Dense layers and convolutions without channel groups take part.
+The Gram matrices of the layers' inputs come from one pass of example batches through the model as
+it stands, so that layers are treated alike and in any order; `stp_jax.terms.project_compensated`
+does the rest. Dense layers and convolutions without channel groups take part.
 """
 
 from __future__ import annotations
@@ -13,73 +14,52 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from stp_jax.quant.bias import _replace_product
-from stp_jax.quant.nnx import (
-    QuantizedLayer,
-    _kernel,
-    call_model,
-    check_batches,
-    product_hook,
-    quantized_layers,
-    search_weight_scales,
-    set_budgets,
-)
+from stp_jax import hooks
+from stp_jax.hooks import Hooks, KernelLayer
+from stp_jax.quant.budgets import set_budgets
+from stp_jax.quant.calibration import call_model, check_batches, search_weight_scales
+from stp_jax.quant.layers import quantized_layers
 from stp_jax.terms.compensation import project_compensated
+from stp_jax.terms.groups import GroupLayout
 
 
-def _takes_part(quantized: QuantizedLayer) -> bool:
-    layer = quantized.layer
-    if isinstance(layer, nnx.Conv):
-        return layer.feature_group_count == 1
-    return type(layer) is nnx.Linear and product_hook(layer) is not None
+def _takes_part(layer: KernelLayer) -> bool:
+    dense = layer.kind == "dense" or (layer.kind == "conv" and layer.feature_groups == 1)
+    return dense and layer.has_plain_product
 
 
-def _patches(layer: Any, x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+def _input_rows(
+    layer: KernelLayer, x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any
+) -> jax.Array:
     """The layer's input as rows [N, K], K in the order of the kernel's axes but the last."""
-    if not isinstance(layer, nnx.Conv):
+    if layer.kind == "dense":
         return x.reshape(-1, x.shape[-1])
-    window = kernel.shape[:-2]
-    names = ("window_strides", "padding")
-    given = dict(zip(names, args, strict=False)) | kwargs
-    patches = jax.lax.conv_general_dilated_patches(
-        x,
-        window,
-        given["window_strides"],
-        given["padding"],
-        lhs_dilation=given.get("lhs_dilation"),
-        rhs_dilation=given.get("rhs_dilation"),
-        dimension_numbers=given["dimension_numbers"],
-    )
-    # They come with the channel first and the window last.
-    patches = patches.reshape(-1, x.shape[-1], int(np.prod(window)))
-    return jnp.swapaxes(patches, 1, 2).reshape(len(patches), -1)
+    patches = hooks.conv_patches(x, kernel, *args, **kwargs)
+    return patches.reshape(len(patches), -1)
 
 
-def _observe(
-    model: nnx.Module, paths: list[str], batches: Iterable[Any], call: Callable
+def _gram_matrices(
+    model: Any, paths: list[str], batches: Iterable[Any], call: Callable
 ) -> dict[str, jax.Array]:
-    graphdef, state = nnx.split(model)
+    state, rebuild = hooks.functional(model)
 
     @jax.jit
-    def observe(state: nnx.State, batch: Any) -> dict[str, jax.Array]:
-        probe = nnx.merge(graphdef, state, copy=True)
-        layers = quantized_layers(probe)
+    def observe(state: Any, batch: Any) -> dict[str, jax.Array]:
         seen: dict[str, list[jax.Array]] = {path: [] for path in paths}
 
-        def watched(path: str, product: Callable) -> Callable:
+        def product(layer: KernelLayer, product: Callable) -> Callable | None:
+            if layer.path not in seen:
+                return None
+
             def compute(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-                rows = _patches(layers[path].layer, x, kernel, *args, **kwargs)
-                rows = rows.astype(jnp.float32)
-                seen[path].append(jnp.matmul(rows.T, rows, precision="highest"))
+                rows = _input_rows(layer, x, kernel, *args, **kwargs).astype(jnp.float32)
+                seen[layer.path].append(jnp.matmul(rows.T, rows, precision="highest"))
                 return product(x, kernel, *args, **kwargs)
 
             return compute
 
-        for path in paths:
-            _replace_product(layers[path].layer, functools.partial(watched, path))
-        call(probe, batch)
+        call(hooks.attach(rebuild(state), Hooks(product=product)), batch)
         return {path: functools.reduce(jnp.add, calls) for path, calls in seen.items() if calls}
 
     total = None
@@ -91,16 +71,8 @@ def _observe(
     return total
 
 
-def _grouped(x: np.ndarray | jax.Array, lead: int, size: int) -> jax.Array:
-    """Pads the second axis of [lead, inputs, …] to whole groups and merges it with the first."""
-    x = jnp.asarray(x).reshape(lead, -1, *x.shape[1:])
-    pad = -x.shape[1] % size
-    x = jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)))
-    return x.reshape(-1, *x.shape[2:])
-
-
 def compensate(
-    model: nnx.Module,
+    model: Any,
     batches: Iterable[Any],
     values: Mapping[str, jax.typing.ArrayLike],
     *,
@@ -114,7 +86,8 @@ def compensate(
     a kernel of such values onto itself, so retraining starts from there.
 
     Args:
-      model: an STP model in evaluation mode, with calibrated inputs and, best, all its terms.
+      model: an STP model in evaluation mode (a Linen one with its variables), with calibrated
+        inputs and, best, all its terms.
       batches: inputs, each given to the model as its only argument. A few hundred examples do.
       values: terms per group by layer path, as for `stp_jax.set_budgets`.
       damping: as for `stp_jax.terms.project_compensated`.
@@ -131,11 +104,11 @@ def compensate(
     """
     check_batches(batches)
     layers = quantized_layers(model)
-    paths = [path for path, quantized in layers.items() if _takes_part(quantized)]
+    paths = [path for path, quantized in layers.items() if _takes_part(quantized.layer)]
     if not paths:
         raise ValueError("no quantized layer is dense or a convolution without channel groups")
     try:
-        grams = _observe(model, paths, batches, call)
+        grams = _gram_matrices(model, paths, batches, call)
     except jax.errors.UnexpectedTracerError:
         raise ValueError(
             "a quantized layer runs inside a scan, vmap or the like; its inputs cannot be seen"
@@ -144,27 +117,32 @@ def compensate(
     search_weight_scales(model)
     ratios = {}
     for path, gram in grams.items():
-        layer, quantizer = layers[path]
-        fmt, kernel = quantizer.rule.format, layers[path].kernel
-        inputs, outputs = kernel.shape[-2:]
+        layer = layers[path]
+        fmt, kernel = layer.rule.format, layer.kernel
+        outputs = kernel.shape[-1]
         lead, size = int(np.prod(kernel.shape[:-2])), fmt.group_size
-        whole = lambda x, lead=lead, size=size: _grouped(x, lead, size)  # noqa: E731
-        scale = quantizer.kernel_scale(kernel)
+        layout = fmt.layout((-2,))  # along a position's input channels
+
+        def whole(x: jax.Array, lead: int = lead, layout: GroupLayout = layout) -> jax.Array:
+            """Rows [lead * inputs, n] with each run of inputs filled up to whole groups."""
+            return layout.pad(x.reshape(lead, -1, x.shape[-1])).reshape(-1, x.shape[-1])
+
+        scale = layer.scale
         padded = whole(kernel.reshape(-1, outputs))
         integers = project_compensated(
             padded.reshape(-1, size, outputs),
             jnp.broadcast_to(scale.reshape(-1, scale.shape[-1]), (1, outputs))[0],
             whole(whole(gram).T),
-            quantizer.budget[...],
+            layer.budget,
             fmt=fmt,
             damping=damping,
         )
-        kept = integers.reshape(lead, -1, outputs)[:, :inputs].reshape(kernel.shape)
+        kept = layout.join(integers, kernel.shape)
         new = (scale * kept.astype(scale.dtype)).astype(kernel.dtype)
         error = _output_error(gram, new - kernel)
-        plain = _output_error(gram, quantizer.project_kernel(kernel) - kernel)
+        plain = _output_error(gram, layer.projected() - kernel)
         ratios[path] = float(error / plain) if plain > 0 else 1.0
-        _kernel(layer)[...] = new
+        layer.kernel = new
     return ratios
 
 

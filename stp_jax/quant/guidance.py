@@ -7,28 +7,29 @@ from typing import Any
 
 import jax
 import optax
-from flax import nnx
 
-from stp_jax.quant.nnx import project_params
+from stp_jax import hooks
+from stp_jax.quant.calibration import project_params
 from stp_jax.terms.guidance import guide
 
 Values = Mapping[str, jax.typing.ArrayLike]
 
 
 def guidance(
-    model: nnx.Module,
+    model: Any,
     strength: optax.ScalarOrSchedule,
     *,
     budgets: Values | Callable[[jax.Array], Values] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Draws an STP model's kernels towards the few-term values they will be projected to.
+    """Pulls an STP model's kernels towards the few-term values they will be projected to.
 
     `stp_jax.terms.guide` with the targets computed from the parameters at each step, so that the
     train step stays as it is. Chain it last, behind the optimizer.
 
     Args:
-      model: the STP model whose parameters (`nnx.Param`) are optimized. What is no parameter, as
-        searched scales, is taken as it is now.
+      model: the STP model whose parameters are optimized: `nnx.Param`, or of a Linen model with its
+        variables the collection ``params``. What is no parameter, as searched scales, is taken as
+        it is now.
       strength: the fraction of the distance per step, in [0, 1], or a schedule of it.
       budgets: terms per group of the targets by layer path, or a schedule of them (see
         `stp_jax.terms.budget_schedule`); the model's own by default.
@@ -38,24 +39,22 @@ def guidance(
         budget out of its range.
 
     >>> import stp_jax
+    >>> from flax import nnx
     >>> model = nnx.Linear(16, 4, rngs=nnx.Rngs(0))
     >>> model = stp_jax.quantize(model, stp_jax.Policy([stp_jax.Rule(path=".*", budget=8)]))
     >>> tx = optax.chain(optax.sgd(0.01), stp_jax.guidance(model, 0.05, budgets={"": 4}))
     >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     """
-    graphdef, _, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
-    rest = jax.tree.map(jax.numpy.copy, rest)  # the model's own may be donated to a step
+    # A copy, since the model's own arrays may be donated to a step.
+    state, from_state = hooks.functional(model)
+    model_params, rebuild = hooks.trainable(from_state(jax.tree.map(jax.numpy.copy, state)))
+    structure = jax.tree.structure(model_params)
 
     def targets(params: Any, step: jax.Array) -> Any:
         values = budgets(step) if callable(budgets) else budgets
-        whole = nnx.merge(graphdef, _as_state(model_params, params), rest, copy=True)
+        whole = rebuild(jax.tree.unflatten(structure, jax.tree.leaves(params)))
         found = project_params(whole, values)
         return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(found))
 
-    model_params = nnx.state(model, nnx.Param)
     jax.eval_shape(targets, model_params, jax.ShapeDtypeStruct((), "int32"))
     return guide(strength, targets=targets)
-
-
-def _as_state(like: nnx.State, params: Any) -> nnx.State:
-    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(params))

@@ -9,33 +9,38 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from stp_jax.quant.nnx import QuantizedLayer, Quantizer, product_hook, quantized_layers
+from stp_jax import hooks
+from stp_jax.hooks import Hooks, KernelLayer
+from stp_jax.quant.layers import QuantizedLayer, quantized_layers, without_quantizers
+from stp_jax.quant.policy import Rule
 from stp_jax.terms.activations import activation_integers
 from stp_jax.terms.encodings import digit_planes, num_digits
 
 Arithmetic = Literal["multiply", "shift_add"]
+Model = TypeVar("Model")
 
 
 class IntegerOperands(nnx.Module):
     """Takes the place of `promote_dtype`: an integer input beside the integer kernel."""
 
-    def __init__(self, quantizer: Quantizer):
-        """Takes over the input's scale and width."""
-        self.quantizer = quantizer
+    def __init__(self, rule: Rule, input_scale: jax.Array):
+        """Keeps the positive scale of the input."""
+        self.rule = rule
+        self.input_scale = nnx.Variable(input_scale)
 
     def __call__(self, operands: tuple[Any, ...], **kwargs: Any) -> tuple[Any, ...]:
         """Quantizes the input; the kernel holds integers already."""
         x, kernel, *rest = operands
-        rule = self.quantizer.rule
+        rule = self.rule
         q = activation_integers(
             x,
-            self.quantizer.input_scale(x),
+            self.input_scale[...],
             bits=rule.activation_bits,
             terms=rule.activation_terms,
             method=rule.method,
@@ -50,11 +55,9 @@ class IntegerOperands(nnx.Module):
 class IntegerProduct(nnx.Module):
     """Takes the place of a layer's product: sums in int32, then scales back to float."""
 
-    def __init__(
-        self, quantizer: Quantizer, scale: jax.Array, product: Callable, arithmetic: Arithmetic
-    ):
-        """Keeps the kernel's scale, shaped like the output's last axes."""
-        self.quantizer = quantizer
+    def __init__(self, rule: Rule, scale: jax.Array, product: Callable, arithmetic: Arithmetic):
+        """Keeps both operands' scale, shaped like the output's last axes."""
+        self.rule = rule
         self.scale = nnx.Variable(scale)
         self.product = product
         self.arithmetic = arithmetic
@@ -66,13 +69,13 @@ class IntegerProduct(nnx.Module):
             total = self.product(x, kernel, *args, **kwargs)
         else:
             total = self._shift_add(x, kernel, *args, **kwargs)
-        scale = self.scale[...] * self.quantizer.activation_scale[...]
+        scale = self.scale[...]
         scale = scale.reshape((1,) * (total.ndim - scale.ndim) + scale.shape)
         return total.astype(jnp.float32) * scale
 
     def _shift_add(self, x, kernel, *args, **kwargs):
         """Sums ``±(x << exponent)`` over the kernel's terms, one exponent after the other."""
-        rule = self.quantizer.rule
+        rule = self.rule
         plus, minus = digit_planes(kernel, rule.encoding, rule.bits)
         total = None
         for e in range(num_digits(rule.encoding, rule.bits)):
@@ -82,12 +85,13 @@ class IntegerProduct(nnx.Module):
         return total
 
 
-def integer_model(model: nnx.Module, *, arithmetic: Arithmetic = "multiply") -> nnx.Module:
+def integer_model(model: Model, *, arithmetic: Arithmetic = "multiply") -> Model:
     """A copy of an STP model whose quantized layers compute in integers.
 
     Args:
-      model: a calibrated STP model whose quantized layers are Conv, Linear or LinearGeneral (as in
-        attention) without batch axes, with calibrated or learned activation scales.
+      model: a calibrated STP model (a Linen one with its variables) whose quantized layers are
+        Conv, Linear or LinearGeneral (as in attention) without batch axes, with calibrated or
+        learned activation scales.
       arithmetic: ``multiply`` for integer products, ``shift_add`` for shifts and additions of the
         weights' terms. Both give the same integers.
 
@@ -100,39 +104,51 @@ def integer_model(model: nnx.Module, *, arithmetic: Arithmetic = "multiply") -> 
     """
     if arithmetic not in ("multiply", "shift_add"):
         raise ValueError(f"arithmetic must be multiply or shift_add, got {arithmetic!r}")
-    model = nnx.clone(model)
-    for path, quantized in quantized_layers(model).items():
-        _to_integers(path, quantized, arithmetic)
-    return model
+    layers = quantized_layers(model)
+    for layer in layers.values():
+        _check(layer)
+    float_model = without_quantizers(model)
+    for layer in layers.values():
+        dtype = jnp.int8 if layer.rule.bits <= 8 else jnp.int32
+        hooks.replace_kernel(float_model, layer.layer, layer.integers().astype(dtype))
+    rules = {path: layer.rule for path, layer in layers.items()}
+    scales = {path: _scales(layer) for path, layer in layers.items()}
+
+    def operands(layer: KernelLayer, promote: Callable) -> Callable | None:
+        if layer.path not in rules:
+            return None
+        return IntegerOperands(rules[layer.path], scales[layer.path][0])
+
+    def product(layer: KernelLayer, product: Callable) -> Callable | None:
+        if layer.path not in rules:
+            return None
+        return IntegerProduct(rules[layer.path], scales[layer.path][1], product, arithmetic)
+
+    return hooks.attach(float_model, Hooks(operands=operands, product=product))
 
 
-def _to_integers(path: str, quantized: QuantizedLayer, arithmetic: Arithmetic) -> None:
-    layer, quantizer = quantized
-    hook = product_hook(layer)
-    if hook is None:
+def _scales(layer: QuantizedLayer) -> tuple[jax.Array, jax.Array]:
+    """The scale of a layer's input, and that of its integer sums by output channel."""
+    stored = layer.stored_input_scale
+    assert stored is not None
+    of_input = jnp.abs(stored)
+    return of_input, layer.scale.reshape(layer.layer.out_features) * of_input
+
+
+def _check(layer: QuantizedLayer) -> None:
+    path, rule = layer.path, layer.rule
+    if not layer.layer.has_plain_product:
         raise ValueError(
-            f"layer {path!r}: integer {type(layer).__name__} is not supported; keep it float with "
+            f"layer {path!r}: integer {layer.layer.type_name} is not supported; keep it float with "
             f"Rule(path={re.escape(path)!r}, keep_float=True) before the other rules"
         )
-    if quantizer.rule.activations not in ("learned", "calibrated"):
+    if not rule.stores_input_scale:
         raise ValueError(
             f"layer {path!r}: integer arithmetic needs activations='learned' or 'calibrated' in "
-            f"its rule, not {quantizer.rule.activations!r}"
+            f"its rule, not {rule.activations!r}"
         )
-    if quantizer.budget[...].ndim:
+    if layer.is_stacked:
         raise ValueError(f"layer {path!r}: integer arithmetic of stacked layers is not supported")
-    if not quantizer.activation_scale[...] > 0:
+    stored = layer.stored_input_scale
+    if stored is None or not stored:
         raise ValueError(f"layer {path!r}: its input has no scale yet; call stp_jax.calibrate")
-    kernel = quantized.kernel
-    scale = quantizer.kernel_scale(kernel)
-    if isinstance(layer, nnx.LinearGeneral):
-        scale = scale.reshape(layer.out_features)
-    else:
-        scale = scale.reshape(-1)
-    integers = quantizer.integer_kernel(kernel)
-    layer.kernel = nnx.Param(integers.astype(jnp.int8 if quantizer.rule.bits <= 8 else jnp.int32))
-    layer.promote_dtype = nnx.data(IntegerOperands(quantizer))
-    product = IntegerProduct(
-        quantizer, scale, getattr(layer, hook) or jax.lax.dot_general, arithmetic
-    )
-    setattr(layer, hook, nnx.data(product))

@@ -1,14 +1,23 @@
-"""What NNX and Linen share: where a kernel's reduction lies, and how its layer is quantized."""
+"""Quantized layers: the axes of their kernels, their static format, and their state in a model.
+
+`LayerFormat` is how a layer is quantized, as pure functions of arrays. `QuantizedLayer` is a layer
+of an STP model with its kernel, scales and budget, which NNX and Linen keep in different places
+(`stp_jax.quant.nnx`, `stp_jax.quant.linen`); whatever works on layers is written once, on it.
+"""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stp_jax.hooks import KernelLayer
 from stp_jax.quant.policy import Rule
 from stp_jax.terms.activations import quantize_activations
 from stp_jax.terms.quantizers import (
@@ -75,6 +84,48 @@ def embedding_axes() -> KernelAxes:
     return KernelAxes((1,), (1,))
 
 
+def kernel_axes(layer: KernelLayer, shape: tuple[int, ...]) -> KernelAxes:
+    """Where the reduction of a layer's kernel lies.
+
+    Args:
+      layer: the layer.
+      shape: of the kernel as the layer reads it.
+
+    Raises:
+      ValueError: the kernel has no fixed reduction axis, or more axes than the layer reads; the
+        message names the layer.
+    """
+    try:
+        return _kernel_axes(layer, shape)
+    except ValueError as error:
+        raise ValueError(f"layer {layer.path!r}: {error}") from None
+
+
+def _kernel_axes(layer: KernelLayer, shape: tuple[int, ...]) -> KernelAxes:
+    if layer.kind == "einsum" and layer.equation is None:
+        raise ValueError(
+            "an Einsum layer without einsum_str has no fixed reduction axis to group along; "
+            "give it its equation when it is built, or keep it float"
+        )
+    if layer.kernel_rank not in (None, len(shape)):
+        raise ValueError(
+            f"its kernel has {len(shape)} axes where the layer reads {layer.kernel_rank}; quantize "
+            "stacked layers one by one: "
+            "nnx.vmap(lambda layer: stp_jax.quantize(layer, policy))(stacked)"
+        )
+    if layer.kind in ("conv", "conv_transpose"):
+        return conv_axes(shape, transposed=layer.transposed)
+    if layer.kind == "einsum":
+        assert layer.equation is not None
+        return einsum_axes(layer.equation)
+    if layer.kind == "embed":
+        return embedding_axes()
+    if layer.kind == "conv_local":  # [*positions, window * in, out]
+        return dense_axes((len(shape) - 2,))
+    first = layer.batch_axes
+    return dense_axes(tuple(range(first, first + layer.contracting_axes)))
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerFormat:
     """How one layer is quantized; all of it static. Scales and budgets are passed in.
@@ -91,8 +142,8 @@ class LayerFormat:
         """Terms per group as the rule says; all of them if it names none."""
         return self.rule.format.max_budget if self.rule.budget is None else self.rule.budget
 
-    def budgets_like(self, value: jax.typing.ArrayLike, held: jax.Array) -> jax.Array:
-        """A new budget in the shape of the one held, which has an entry per stacked layer.
+    def budgets_like(self, value: jax.typing.ArrayLike, present: jax.Array) -> jax.Array:
+        """A new budget in the shape of the present one, which has an entry per stacked layer.
 
         Raises:
           ValueError: a budget is out of its range, or there are more or fewer than layers.
@@ -103,9 +154,9 @@ class LayerFormat:
             for one in np.asarray(value).reshape(-1):
                 self.rule.format.check_budget(one)
         new = jnp.asarray(value, jnp.int32).reshape(-1)
-        if new.size not in (1, held.size):
-            raise ValueError(f"{new.size} budgets for {held.size} stacked layers")
-        return jnp.broadcast_to(new, (held.size,)).reshape(held.shape)
+        if new.size not in (1, present.size):
+            raise ValueError(f"{new.size} budgets for {present.size} stacked layers")
+        return jnp.broadcast_to(new, (present.size,)).reshape(present.shape)
 
     def best_scale(
         self, kernel: jax.Array, budget: jax.Array, importance: jax.Array | None = None
@@ -191,3 +242,159 @@ class LayerFormat:
 
         ratios = jnp.linspace(0.2, 1.0, 17, dtype=jnp.float32)
         return peak.reshape(()) * ratios[jnp.argmin(jax.lax.map(error, ratios))]
+
+
+class QuantizedLayer(abc.ABC):
+    """A quantized layer of an STP model; what it sets, it sets in the model.
+
+    Layers that a transformation stacked share a path: their kernels, scales and budgets are stacked
+    alike, and the methods here work on each by itself.
+
+    Attributes:
+      layer: what the layer is.
+      format: how it is quantized.
+    """
+
+    layer: KernelLayer
+    format: LayerFormat
+
+    @property
+    def path(self) -> str:
+        """Dotted path in the model."""
+        return self.layer.path
+
+    @property
+    def rule(self) -> Rule:
+        """The rule that decided this layer."""
+        return self.format.rule
+
+    @property
+    @abc.abstractmethod
+    def kernel(self) -> jax.Array:
+        """The float kernel, before quantization."""
+
+    @kernel.setter
+    @abc.abstractmethod
+    def kernel(self, value: jax.Array) -> None: ...
+
+    @property
+    @abc.abstractmethod
+    def stored_scale(self) -> jax.Array | None:
+        """The scale of the kernel that is stored; None where it follows from the kernel ("max")."""
+
+    @stored_scale.setter
+    @abc.abstractmethod
+    def stored_scale(self, value: jax.Array) -> None: ...
+
+    @property
+    @abc.abstractmethod
+    def stored_input_scale(self) -> jax.Array | None:
+        """The scale of the input that is stored, 0 before calibration; None where there is none."""
+
+    @property
+    @abc.abstractmethod
+    def budget(self) -> jax.Array:
+        """Terms per group: int32, or float32 while it is relaxed; one entry per stacked layer."""
+
+    @budget.setter
+    @abc.abstractmethod
+    def budget(self, value: jax.Array) -> None: ...
+
+    @abc.abstractmethod
+    def relax(self) -> None:
+        """Makes the budget a real parameter; setting a whole one undoes it."""
+
+    @property
+    @abc.abstractmethod
+    def is_stacked(self) -> bool:
+        """Whether this is a stack of layers."""
+
+    @abc.abstractmethod
+    def map_stack(self, function: Callable, *arrays: jax.Array | None) -> jax.Array:
+        """``function(*arrays)`` layer by layer; arrays are stacked as the kernel is, or None."""
+
+    @property
+    def is_relaxed(self) -> bool:
+        """Whether the budget is a real parameter."""
+        return jnp.issubdtype(self.budget.dtype, jnp.floating)
+
+    def _on_kernel(
+        self, function: Callable, budget: jax.Array, *more: jax.Array | None
+    ) -> jax.Array:
+        """``function(kernel, stored scale, budget, *more)``, layer by layer."""
+
+        def one(kernel, scale, budget, *rest):
+            return function(kernel, scale, budget.reshape(()), *rest)
+
+        return self.map_stack(one, self.kernel, self.stored_scale, budget, *more)
+
+    def _budget_or(self, budget: jax.typing.ArrayLike | None) -> jax.Array:
+        if budget is not None:
+            return self.format.budgets_like(budget, self.budget)
+        if self.is_relaxed:
+            raise ValueError("the budgets are relaxed; set_budgets makes them whole again")
+        return self.budget
+
+    @property
+    def scale(self) -> jax.Array:
+        """The positive scale of the kernel, float32, broadcastable to it."""
+        return self.map_stack(self.format.kernel_scale, self.kernel, self.stored_scale)
+
+    def integers(self, budget: jax.typing.ArrayLike | None = None) -> jax.Array:
+        """The integers of the quantized kernel at the present budget or another one, int32."""
+        return self._on_kernel(self.format.integer_kernel, self._budget_or(budget))
+
+    def projected(self, budget: jax.typing.ArrayLike | None = None) -> jax.Array:
+        """The kernel on its few-term values at the present budget or another one."""
+        return self._on_kernel(self.format.project_kernel, self._budget_or(budget))
+
+    def search_scale(self, importance: jax.Array | None = None) -> None:
+        """Sets the stored scale to the one of least error at the present budget."""
+        if self.rule.weight_scale == "max":
+            return
+
+        def search(kernel, _, budget, importance):
+            return self.format.best_scale(kernel, budget, importance)
+
+        self.stored_scale = self._on_kernel(search, self._budget_or(None), importance)
+
+
+@functools.singledispatch
+def find_layers(model: Any) -> dict[str, QuantizedLayer]:
+    """The quantized layers of a model; registered for each kind of model by its module."""
+    raise TypeError(
+        "expected an nnx.Module or a Linen model with its variables "
+        f"(model.bind(variables)), got {type(model).__name__}"
+    )
+
+
+def quantized_layers(model: Any) -> dict[str, QuantizedLayer]:
+    """The quantized layers of an STP model by dotted path.
+
+    Args:
+      model: an NNX model from `stp_jax.quantize`, or a Linen one with its variables
+        (`stp_jax.QuantizedModule.bind`).
+
+    Raises:
+      ValueError: the model has none.
+      TypeError: the model is of another kind.
+    """
+    layers = find_layers(model)
+    if not layers:
+        raise ValueError("the model has no quantized layer; call stp_jax.quantize first")
+    return layers
+
+
+@functools.singledispatch
+def without_quantizers(model: Any) -> Any:
+    """A copy of an STP model that computes as the float model does, with the same parameters."""
+    return find_layers(model)  # which says what a model is
+
+
+def check_paths(values: Mapping[str, Any], layers: Mapping[str, QuantizedLayer]) -> None:
+    """Raises ValueError if a key is not the path of a quantized layer."""
+    unknown = sorted(set(values) - set(layers))
+    if unknown:
+        raise ValueError(
+            f"no quantized layer at {', '.join(unknown)}; there are: {', '.join(layers)}"
+        )

@@ -72,6 +72,11 @@ class Rule:
             group_size=self.group_size, encoding=self.encoding, method=self.method, bits=self.bits
         )
 
+    @property
+    def stores_input_scale(self) -> bool:
+        """Whether the scale of the layer's input is a value of its own, calibrated or learned."""
+        return self.activations in ("calibrated", "learned")
+
     def matches(self, path: str) -> bool:
         """Whether the rule speaks of the layer at this dotted path."""
         return re.fullmatch(self.path, path) is not None

@@ -33,7 +33,8 @@ def quantize(model: Any, policy: Policy) -> Any:
       For NNX, a copy with the same call, the same parameters at the same paths, and a quantizer in
       each layer that the policy names. Call `calibrate` on it before its activations are
       quantized. For Linen, a `QuantizedModule`, which is initialised and applied as the module is,
-      with the same ``params``; `calibrate` and the others are its methods.
+      with the same ``params``; with its variables (`QuantizedModule.bind`) the functions of
+      `stp_jax` take it.
 
     Raises:
       UnmatchedRuleError: a rule decides no layer; the message lists near misses. Linen layers are

@@ -8,15 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from stp_jax.quant.nnx import QuantizedLayer, quantized_layers
+from stp_jax import hooks
+from stp_jax.quant.layers import QuantizedLayer, quantized_layers
 from stp_jax.terms.projection import error_curve
-from stp_jax.terms.quantizers import merge_axes
 
 
 def squared_gradients(
-    model: nnx.Module, loss: Callable[[Any, Any], jax.Array], batches: Iterable[Any]
+    model: Any, loss: Callable[[Any, Any], jax.Array], batches: Iterable[Any]
 ) -> dict[str, jax.Array]:
     """The mean squared gradient of each quantized kernel: a diagonal curvature, empirical Fisher.
 
@@ -25,7 +24,7 @@ def squared_gradients(
     Damage and its successors; LeCun et al., NeurIPS 1989).
 
     Args:
-      model: an STP model; it is not changed.
+      model: an STP model, a Linen one with its variables; it is not changed.
       loss: (model, batch) → scalar.
       batches: what ``loss`` takes; gradients are squared batch by batch.
 
@@ -35,15 +34,14 @@ def squared_gradients(
     Raises:
       ValueError: there is no batch.
     """
-    graphdef, params, rest = nnx.split(nnx.clone(model), nnx.Param, ...)  # type: ignore[misc]
+    params, rebuild = hooks.trainable(model)
 
     @jax.jit
-    def squares(params: nnx.State, batch: Any) -> dict[str, jax.Array]:
-        def value(params: nnx.State) -> jax.Array:
-            return loss(nnx.merge(graphdef, params, rest, copy=True), batch)
-
-        grads = nnx.merge(graphdef, jax.grad(value)(params), rest, copy=True)
-        return {path: layer.kernel**2 for path, layer in quantized_layers(grads).items()}
+    def squares(params: Any, batch: Any) -> dict[str, jax.Array]:
+        grads = jax.grad(lambda params: loss(rebuild(params), batch))(params)
+        # A model that holds its gradient in the place of its parameters.
+        layers = quantized_layers(rebuild(grads))
+        return {path: layer.kernel**2 for path, layer in layers.items()}
 
     total, count = None, 0
     for batch in batches:
@@ -55,15 +53,15 @@ def squared_gradients(
     return {path: value / count for path, value in total.items()}
 
 
-def _single_layers(model: nnx.Module) -> dict[str, QuantizedLayer]:
+def _single_layers(model: Any) -> dict[str, QuantizedLayer]:
     layers = quantized_layers(model)
     for path, quantized in layers.items():
-        if quantized.quantizer.budget[...].ndim:
+        if quantized.is_stacked:
             raise ValueError(f"layer {path!r} is a stack of layers, which share no one budget")
     return layers
 
 
-def group_counts(model: nnx.Module) -> dict[str, int]:
+def group_counts(model: Any) -> dict[str, int]:
     """The number of groups of each quantized kernel: the terms that one more of budget costs.
 
     Raises:
@@ -71,14 +69,13 @@ def group_counts(model: nnx.Module) -> dict[str, int]:
     """
     counts = {}
     for path, quantized in _single_layers(model).items():
-        shape, axis = merge_axes(quantized.kernel.shape, quantized.quantizer.axes.groups)
-        along = -(-shape[axis] // quantized.quantizer.rule.group_size)
-        counts[path] = along * int(np.prod(shape)) // shape[axis]
+        layout = quantized.rule.format.layout(quantized.format.axes.groups)
+        counts[path] = layout.count(quantized.kernel.shape)
     return counts
 
 
 def error_curves(
-    model: nnx.Module, *, importance: Mapping[str, jax.Array] | None = None
+    model: Any, *, importance: Mapping[str, jax.Array] | None = None
 ) -> dict[str, np.ndarray]:
     """The weighted squared error of each quantized kernel at every budget.
 
@@ -100,12 +97,11 @@ def error_curves(
     if missing:
         raise ValueError(f"importance lacks the layers {', '.join(missing)}")
     for path, quantized in layers.items():
-        quantizer, kernel = quantized.quantizer, quantized.kernel
-        rule = quantizer.rule
-        if rule.encoding != "naf" or rule.method != "optimal":
+        rule, kernel = quantized.rule, quantized.kernel
+        if not rule.format.has_error_curve:
             raise ValueError(f"layer {path!r}: error curves are for encoding naf, method optimal")
-        shape, axis = merge_axes(kernel.shape, quantizer.axes.groups)
-        scale = quantizer.kernel_scale(kernel)
+        shape, axis = rule.format.layout(quantized.format.axes.groups).merged(kernel.shape)
+        scale = quantized.scale
         weights = jnp.broadcast_to(scale**2, kernel.shape)
         if importance is not None:
             weights = weights * importance[path]

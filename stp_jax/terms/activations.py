@@ -1,4 +1,4 @@
-"""Activations: integers at run time, if asked with at most s power-of-two terms each.
+"""Activation quantization, optionally limited to s power-of-two terms.
 
 The data side of term revealing (Kung, McDanel and Zhang, SC20, sec. III): weights share a budget
 per group, which is known before the run, while each activation is cut to s terms as it arrives, so
@@ -16,9 +16,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from stp_jax.terms.codebook import few_term_values
-from stp_jax.terms.encodings import Encoding, check_encoding, digit_planes, max_terms
-from stp_jax.terms.projection import METHODS, Method, nearest_power, nearest_values
+from stp_jax.terms.encodings import Encoding, check_encoding, max_terms
+from stp_jax.terms.projection import METHODS, Method
 from stp_jax.terms.quantizers import check_scale, scale_cotangent
 
 
@@ -26,25 +25,6 @@ def check_activation_terms(terms: int | None) -> None:
     """Raises ValueError unless terms is None or a positive integer."""
     if terms is not None and (not isinstance(terms, int) or terms < 1):
         raise ValueError(f"terms of an activation must be None or a positive integer, got {terms}")
-
-
-def _largest_terms(q: jax.Array, terms: int, encoding: Encoding, bits: int) -> jax.Array:
-    plus, minus = digit_planes(q.astype(jnp.int32), encoding, bits)
-    kept = plus | minus
-    for _ in range(terms, max_terms(encoding, bits)):
-        over = jax.lax.population_count(kept) > terms
-        kept = jnp.where(over, kept & (kept - 1), kept)  # without its lowest term
-    return ((plus & kept) - (minus & kept)).astype(jnp.float32)
-
-
-def _nearest_few_terms(q: jax.Array, terms: int, encoding: Encoding, bits: int) -> jax.Array:
-    if encoding != "naf":
-        return nearest_values(q, few_term_values(terms, encoding, bits))
-    residual = q  # pursued term by term, which is exact for the NAF: see `projection`
-    for _ in range(terms):
-        term = nearest_power(jnp.abs(residual), 2.0 ** (bits - 1))
-        residual = jnp.where(residual < 0, residual + term, residual - term)
-    return q - residual
 
 
 def limit_terms(
@@ -81,8 +61,7 @@ def limit_terms(
     q = jnp.asarray(q, jnp.float32)
     if terms is None or terms >= max_terms(encoding, bits):
         return q
-    cut = _largest_terms if method == "greedy" else _nearest_few_terms
-    return cut(q, terms, encoding, bits)
+    return METHODS[method].limit_values(q, terms, encoding, bits)
 
 
 def activation_integers(

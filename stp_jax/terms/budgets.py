@@ -1,4 +1,4 @@
-"""Layer-wise budgets: how many terms each layer's groups keep, for a total cost of all layers.
+"""Allocation of a total cost to layer-wise term budgets.
 
 Each layer has an error curve over its budget (`error_curve`, weighted by the layer's sensitivity)
 and a cost per term of budget: groups for a total of terms, or cycles or energy of one more term as

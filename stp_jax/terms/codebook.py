@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from stp_jax.terms.encodings import Encoding, check_encoding, count
-
-
-@functools.cache
-def _counts(encoding: Encoding, bits: int) -> np.ndarray:
-    top = 1 << (bits - 1)
-    with jax.ensure_compile_time_eval():  # a constant, also where it is asked for under a trace
-        return np.asarray(count(np.arange(-top, top + 1), encoding, bits))
+from stp_jax.terms.encodings import Encoding, check_encoding, count_table
 
 
 def few_term_values(
@@ -42,5 +34,16 @@ def few_term_values(
         raise ValueError(f"limit must be from 0 to {top} for bits={bits}, got {limit}")
     values = np.arange(-top, top + 1, dtype=np.int32)
     return values[
-        (_counts(encoding, bits) <= terms) & (np.abs(values) <= (top if limit is None else limit))
+        (count_table(encoding, bits) <= terms)
+        & (np.abs(values) <= (top if limit is None else limit))
     ]
+
+
+def nearest_values(w: jax.Array, values: np.ndarray) -> jax.Array:
+    """The nearest of the sorted values to each w, the lower one on ties."""
+    if len(values) == 1:
+        return jnp.full(w.shape, values[0], jnp.float32)
+    table = jnp.asarray(values, jnp.float32)
+    above = jnp.clip(jnp.searchsorted(table, w), 1, len(values) - 1)
+    low, high = table[above - 1], table[above]
+    return jnp.where(w - low <= high - w, low, high)

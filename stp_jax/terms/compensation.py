@@ -1,4 +1,4 @@
-"""Projection with compensation: each group's error is made up for by the weights still to come.
+"""Error-compensated projection, GPTQ-style.
 
 What counts is a layer's output, not its weights. With inputs X, the squared error of the output is
 E'HE for the error E of the weights and H = X'X. Groups are projected one after the other, and
@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from stp_jax.terms.projection import project
+from stp_jax.terms.projection import METHODS, project
 from stp_jax.terms.quantizers import WeightFormat
 
 
@@ -40,13 +40,15 @@ def _project_compensated(w, scale, gram, budget, damping, fmt: WeightFormat):
     factor = _inverse_factor(gram[rows][:, rows], damping)
     factor = factor.reshape(count, size, count, size)
 
+    # A group is projected where its error counts: with all later weights free to answer, an error E
+    # of group j costs |U_jj^-T E|², and the later groups answer best by -U_j,later' U_jj^-T E.
     def settle(w: jax.Array, j: jax.Array) -> tuple[jax.Array, jax.Array]:
         group, across = w[j], factor[j]
         own = across[:, j]
         identity = jnp.eye(size, dtype=w.dtype)
         whitened = jax.scipy.linalg.solve_triangular(own, identity, trans="T")
         curvature = None
-        if fmt.method == "optimal":
+        if METHODS[fmt.method].importance:
             curvature = jnp.sum(whitened**2, axis=0)[:, None]
         integers = project(
             group / scale,

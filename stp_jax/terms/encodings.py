@@ -14,17 +14,110 @@ Every encoding is expressed as digits in {-1, 0, +1}, one per power of two, so t
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Encoding = Literal["binary", "booth4", "naf", "hese"]
-ENCODINGS: tuple[str, ...] = get_args(Encoding)
 MAX_BITS = 24  # 3n, which the NAF needs, must fit an int32 with room for Booth's carry
+
+Planes = tuple[jax.Array, jax.Array]  # bit masks of the positive and of the negative terms
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodingRule:
+    """An encoding: its rule, and what projections and hardware may rely on.
+
+    Attributes:
+      planes: int32 values → bit masks (plus, minus), int32 of the same shape: bit e is set where
+        the value has the term ``+2**e``, ``-2**e``. Bits at `digits` and above are ignored.
+      digits: bits → digits that hold every value of magnitude below ``2**bits``.
+      most: bits → the most terms of an integer of magnitude up to ``2**(bits - 1)``, in closed
+        form; None counts all integers.
+      convex: whether the squared error of the best value with at most t terms is convex in t at
+        every real weight, and that value follows from the one with t - 1 by its nearest power of
+        two, so that matching pursuit is an optimal projection (see `stp_jax.terms.optimal`).
+      truncates: whether a value without its smallest terms needs no more terms than are left, so
+        that a projection may cut digits off.
+      encoder: entry of the technology table for the parallel encoder at the array's edge; None if
+        integers need no encoder.
+    """
+
+    planes: Callable[[jax.Array], Planes]
+    digits: Callable[[int], int] = lambda bits: bits + 1
+    most: Callable[[int], int] | None = None
+    convex: bool = False
+    truncates: bool = True
+    encoder: str | None = None
+
+
+def signed(planes: Callable[[jax.Array], Planes]) -> Callable[[jax.Array], Planes]:
+    """Lifts a rule on magnitudes to signed values: a negative value swaps the planes."""
+
+    def of_signed(q: jax.Array) -> Planes:
+        plus, minus = planes(jnp.abs(q))
+        negative = q < 0
+        return jnp.where(negative, minus, plus), jnp.where(negative, plus, minus)
+
+    return of_signed
+
+
+def _binary_planes(q: jax.Array) -> Planes:
+    return jnp.maximum(q, 0), jnp.maximum(-q, 0)
+
+
+def _booth4_planes(q: jax.Array) -> Planes:
+    # Digit i is -2*b[2i+1] + b[2i] + b[2i-1], so at even positions 2i:
+    even = jnp.int32(0x55555555)
+    high, mid, low = (q >> 1) & even, q & even, (q << 1) & even
+    one, two = mid ^ low, ~(mid ^ low) & (mid ^ high)  # |digit| is 1, is 2
+    plus = (one & ~high) | ((two & ~high) << 1)
+    minus = (one & high) | ((two & high) << 1)
+    return plus, minus
+
+
+def _naf_planes(magnitude: jax.Array) -> Planes:
+    # 3n - n = 2n, digit by digit: the digits of n are where 3n and n differ, one position up.
+    half = magnitude >> 1
+    x3 = magnitude + half  # 3n >> 1, without the overflow
+    changed = half ^ x3
+    return x3 & changed, half & changed
+
+
+def _hese_planes(magnitude: jax.Array) -> Planes:
+    above, below = magnitude >> 1, magnitude << 1
+    single = magnitude & ~above & ~below
+    top, bottom = magnitude & ~above & below, magnitude & above & ~below
+    return single | (top << 1), bottom
+
+
+# By name. ``ENCODINGS["mine"] = EncodingRule(planes=…)`` adds one. Compiled programs are kept by
+# name, so a name stands for one rule as long as the process lives.
+ENCODINGS: dict[str, EncodingRule] = {
+    "binary": EncodingRule(
+        planes=_binary_planes,
+        digits=lambda bits: bits,
+        most=lambda bits: max(bits - 1, 1),
+    ),
+    "booth4": EncodingRule(
+        planes=_booth4_planes,
+        digits=lambda bits: 2 * (bits // 2 + 1),
+        truncates=False,  # 7 = 8 - 1 leaves 8, which is 16 - 8
+        encoder="encode_booth4",
+    ),
+    "naf": EncodingRule(
+        planes=signed(_naf_planes),
+        most=lambda bits: (bits + 1) // 2,  # no two digits are adjacent
+        convex=True,
+        encoder="encode_naf",
+    ),
+    "hese": EncodingRule(planes=signed(_hese_planes), encoder="encode_hese"),
+}
+Encoding = Annotated[str, ENCODINGS]  # a key of `ENCODINGS`
 
 
 def check_encoding(encoding: str, bits: int) -> None:
@@ -38,24 +131,32 @@ def check_encoding(encoding: str, bits: int) -> None:
 def num_digits(encoding: Encoding = "naf", bits: int = 8) -> int:
     """Digits that hold every value of magnitude below ``2**bits``: one more than bits if signed."""
     check_encoding(encoding, bits)
-    if encoding == "binary":
-        return bits
-    if encoding == "booth4":
-        return 2 * (bits // 2 + 1)
-    return bits + 1
+    return ENCODINGS[encoding].digits(bits)
+
+
+@functools.cache
+def count_table(encoding: Encoding = "naf", bits: int = 8) -> np.ndarray:
+    """The terms of every integer from ``-2**(bits - 1)`` to ``2**(bits - 1)``, in this order.
+
+    Returns:
+      int32 of shape ``[2**bits + 1]``, read-only; entry ``q + 2**(bits - 1)`` belongs to q.
+
+    >>> count_table("naf", bits=3).tolist()
+    [1, 2, 1, 1, 0, 1, 1, 2, 1]
+    """
+    top = 1 << (bits - 1)
+    with jax.ensure_compile_time_eval():  # a constant, also where it is asked for under a trace
+        table = np.asarray(count(np.arange(-top, top + 1), encoding, bits))
+    table.setflags(write=False)
+    return table
 
 
 @functools.cache
 def max_terms(encoding: Encoding = "naf", bits: int = 8) -> int:
     """The most terms that an integer of magnitude up to ``2**(bits - 1)`` needs."""
     check_encoding(encoding, bits)
-    if encoding == "binary":
-        return max(bits - 1, 1)
-    if encoding == "naf":
-        return (bits + 1) // 2
-    top = 1 << (bits - 1)
-    with jax.ensure_compile_time_eval():  # few enough values to ask them all
-        return int(jnp.max(count(jnp.arange(-top, top + 1), encoding, bits)))
+    most = ENCODINGS[encoding].most
+    return int(count_table(encoding, bits).max()) if most is None else most(bits)
 
 
 def _check_magnitude(q: np.ndarray | jax.Array, bits: int) -> None:
@@ -63,53 +164,6 @@ def _check_magnitude(q: np.ndarray | jax.Array, bits: int) -> None:
         largest = max(int(q.max()), -int(q.min()))
         if largest >= 1 << bits:
             raise ValueError(f"value of magnitude {largest} does not fit bits={bits}")
-
-
-def _binary_planes(q: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jnp.maximum(q, 0), jnp.maximum(-q, 0)
-
-
-def _booth4_planes(q: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # Digit i is -2*b[2i+1] + b[2i] + b[2i-1], so at even positions 2i:
-    even = jnp.int32(0x55555555)
-    high, mid, low = (q >> 1) & even, q & even, (q << 1) & even
-    one, two = mid ^ low, ~(mid ^ low) & (mid ^ high)  # |digit| is 1, is 2
-    plus = (one & ~high) | ((two & ~high) << 1)
-    minus = (one & high) | ((two & high) << 1)
-    return plus, minus
-
-
-def _signed(planes: Callable[[jax.Array], tuple[jax.Array, jax.Array]]):
-    """Lifts a rule on magnitudes to signed values: a negative value swaps the planes."""
-
-    def signed(q: jax.Array) -> tuple[jax.Array, jax.Array]:
-        plus, minus = planes(jnp.abs(q))
-        negative = q < 0
-        return jnp.where(negative, minus, plus), jnp.where(negative, plus, minus)
-
-    return signed
-
-
-def _naf_planes(magnitude: jax.Array) -> tuple[jax.Array, jax.Array]:
-    half = magnitude >> 1
-    x3 = magnitude + half
-    changed = half ^ x3
-    return x3 & changed, half & changed
-
-
-def _hese_planes(magnitude: jax.Array) -> tuple[jax.Array, jax.Array]:
-    above, below = magnitude >> 1, magnitude << 1
-    single = magnitude & ~above & ~below
-    top, bottom = magnitude & ~above & below, magnitude & above & ~below
-    return single | (top << 1), bottom
-
-
-_PLANES: dict[str, Callable[[jax.Array], tuple[jax.Array, jax.Array]]] = {
-    "binary": _binary_planes,
-    "booth4": _booth4_planes,
-    "naf": _signed(_naf_planes),
-    "hese": _signed(_hese_planes),
-}
 
 
 def as_wide_integers(x: object) -> np.ndarray | None:
@@ -152,7 +206,7 @@ def digit_planes(
     q = _as_int32(q)
     if not isinstance(q, jax.core.Tracer):
         _check_magnitude(q, bits)
-    plus, minus = _PLANES[encoding](q)
+    plus, minus = ENCODINGS[encoding].planes(q)
     # Booth's sign digits repeat above the top; they cancel within the digits that are kept.
     mask = jnp.int32((1 << num_digits(encoding, bits)) - 1)
     return plus & mask, minus & mask
@@ -163,7 +217,7 @@ def encode(q: jax.typing.ArrayLike, encoding: Encoding = "naf", bits: int = 8) -
 
     Args:
       q: integers of any shape, magnitude below ``2**bits``.
-      encoding: one of ``binary``, ``booth4``, ``naf``, ``hese``.
+      encoding: a name in `ENCODINGS`: ``binary``, ``booth4``, ``naf``, ``hese`` or one of your own.
       bits: width of the magnitude.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Guidance: weights are drawn, step by step, towards values of few power-of-two terms.
+"""Guidance: a decoupled pull of weights towards values of few power-of-two terms.
 
 STP guides the weights before it prunes their terms, so that the projection finds less to remove
-(Huang et al., IEEE TCAD 42(1), 2023). Here that is a decoupled pull, as weight decay is in AdamW:
+(Huang et al., IEEE TCAD 42(1), 2023). The pull is decoupled, as weight decay is in AdamW:
 after the optimizer's own update, each guided weight moves a fraction of its way to its target.
 """
 

@@ -1,4 +1,4 @@
-"""Packed terms: integers as a stream of fixed slots, the weights' form in a group PE's memory.
+"""Packed terms: integers as a stream of stored slots, the weights' form in a group PE's memory.
 
 A group processing element (Huang et al., IEEE TCAD 42(1), 2023) takes one term a cycle: a sign, an
 exponent, and the index of the activation in the group. `pack` writes exactly ``budget`` such slots
@@ -7,18 +7,17 @@ for each group, so that the stream needs no lengths and any group is found by it
 The stream. The reduction axis is cut into groups; a ragged last group is a full one whose last
 members are zero. Groups follow each other along the reduction axis, and the reductions themselves
 in the order of the other axes: for a dense kernel [in, out], output by output. In a group, terms
-come largest exponent first, then lowest index. A slot is the bits {sign, exponent, index}, most
-significant first, sign 1 for minus; slots follow each other without a gap, and the last byte is
-filled with zeros. Exponents are below ``bits``: Booth's radix-4 form of ``+2**(bits - 1)``, which
-would need one more (``2**bits - 2**(bits - 1)``), is stored as its one-term sum.
+come largest exponent first, then lowest index. `stp_jax.terms.slots` has the bits of a slot; slots
+follow each other without a gap, and the last byte is filled with zeros. Exponents are below
+``bits``: Booth's radix-4 form of ``+2**(bits - 1)``, which would need one more
+(``2**bits - 2**(bits - 1)``), is stored as its one-term sum.
 
 The empty slot. A group with fewer terms than slots repeats its last slot: *a slot equal to the one
 before it in the group is empty*. No encoding writes two terms of one group at the same exponent
 and index, so this is unambiguous, takes no bit, and costs the PE one comparison with the slot that
 it has just used. A group of zeros is ``+1 - 1`` on its first member, then repeats: two additions
 instead of none, in groups that a projection seldom leaves. Where the budget is one slot there is
-none before it, and every sign, exponent and index may be in use: then the slot of all ones is
-empty, and the exponent takes one bit more if all ones could be a term.
+none before it: then the slot of all ones is empty.
 """
 
 from __future__ import annotations
@@ -32,31 +31,10 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from stp_jax.terms.encodings import Encoding, check_encoding, count, digit_planes, max_terms
-from stp_jax.terms.projection import check_axis, check_budget, check_group_size
-
-
-class SlotFormat(NamedTuple):
-    """The fields of a slot below its sign bit."""
-
-    exponent_bits: int
-    index_bits: int
-
-    @property
-    def bits(self) -> int:
-        """Bits of a slot: sign, exponent and index."""
-        return 1 + self.exponent_bits + self.index_bits
-
-
-def slot_format(group_size: int, budget: int, bits: int = 8) -> SlotFormat:
-    """The widths of a slot's fields; every encoding has the same.
-
-    >>> slot_format(group_size=8, budget=12).bits, slot_format(group_size=8, budget=1).bits
-    (7, 8)
-    """
-    exponent_bits, index_bits = (bits - 1).bit_length(), (group_size - 1).bit_length()
-    all_used = bits == 1 << exponent_bits and group_size == 1 << index_bits
-    return SlotFormat(exponent_bits + (budget == 1 and all_used), index_bits)
+from stp_jax.terms.encodings import Encoding, check_encoding, count_table, digit_planes
+from stp_jax.terms.groups import GroupLayout, check_group_size
+from stp_jax.terms.projection import check_axis, check_budget
+from stp_jax.terms.slots import SlotFormat, slot_format
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,7 +57,7 @@ class PackedTerms:
         _check_format(self.group_size, self.budget, self.encoding, self.bits)
         if not 0 <= self.axis < len(self.shape):
             raise ValueError(f"axis {self.axis} does not exist in shape {self.shape}")
-        length = -(-self.groups * self.budget * self.format.bits // 8)
+        length = -(-self.groups * self.budget * self.format.stored_bits // 8)
         if not isinstance(self.data, np.ndarray):
             raise TypeError(f"a stream is a NumPy array of uint8, got {type(self.data).__name__}")
         if self.data.dtype != np.uint8 or self.data.shape != (length,):
@@ -97,8 +75,7 @@ class PackedTerms:
     @property
     def groups(self) -> int:
         """The number of groups."""
-        others = math.prod(n for i, n in enumerate(self.shape) if i != self.axis)
-        return others * -(-self.shape[self.axis] // self.group_size)
+        return GroupLayout(self.group_size, (self.axis,)).count(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -108,7 +85,7 @@ class PackedTerms:
     @property
     def bits_per_weight(self) -> float:
         """Bits of all slots over the number of integers; int8 storage has 8."""
-        return self.groups * self.budget * self.format.bits / max(1, math.prod(self.shape))
+        return self.groups * self.budget * self.format.stored_bits / max(1, math.prod(self.shape))
 
 
 class Slots(NamedTuple):
@@ -125,12 +102,9 @@ def _check_format(group_size: int, budget: int, encoding: Encoding, bits: int) -
     check_budget(budget, group_size, encoding, bits)
 
 
-def _cut(v: np.ndarray, group_size: int, axis: int) -> np.ndarray:
-    """The groups [n, group_size] of v in the order of the stream, zero-padded."""
-    rows = np.moveaxis(v, axis, -1)
-    ragged = -rows.shape[-1] % group_size
-    rows = np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, ragged)])
-    return rows.reshape(rows.size // group_size, group_size)
+def _stored_shape(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    """The shape with the reduction put last, as the stream has it."""
+    return (*shape[:axis], *shape[axis + 1 :], shape[axis])
 
 
 def _term_masks(groups: np.ndarray, encoding: Encoding, bits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -185,14 +159,14 @@ def _codes(groups: np.ndarray, budget: int, encoding: Encoding, bits: int) -> np
     group, place, index = np.nonzero(present)
     exponent = bits - 1 - place
     sign = (minus[group, index] >> exponent) & 1
-    code = (sign << (form.bits - 1)) | (exponent << form.index_bits) | index
+    code = (sign << (form.stored_bits - 1)) | (exponent << form.index_bits) | index
     slot = np.arange(len(group)) - np.repeat(np.cumsum(held) - held, held)
     if budget == 1:
-        codes = np.full((number, 1), (1 << form.bits) - 1, np.uint32)
+        codes = np.full((number, 1), (1 << form.stored_bits) - 1, np.uint32)
         codes[group, slot] = code
         return codes
     codes = np.zeros((number, budget), np.uint32)
-    codes[:, 1:] = 1 << (form.bits - 1)  # a group of zeros
+    codes[:, 1:] = 1 << (form.stored_bits - 1)  # a group of zeros
     codes[group, slot] = code
     last = np.where(held == 0, budget, held)[:, None] - 1
     return np.take_along_axis(codes, np.minimum(np.arange(budget)[None], last), axis=1)
@@ -230,8 +204,10 @@ def pack(
     axis = _check_values(v, axis, bits)
     budget = int(budget)
     if budget:
-        codes = _codes(_cut(v.astype(np.int32), group_size, axis), budget, encoding, bits)
-        data = _write_codes(codes, slot_format(group_size, budget, bits).bits)
+        rows = np.moveaxis(v.astype(np.int32), axis, -1)
+        groups = GroupLayout(group_size, (-1,)).split(rows)
+        codes = _codes(groups.reshape(-1, group_size), budget, encoding, bits)
+        data = _write_codes(codes, slot_format(group_size, budget, bits).stored_bits)
     elif v.any():
         raise ValueError("a budget of 0 holds zeros only, and some integers are not; project them")
     else:
@@ -256,14 +232,15 @@ def read_slots(packed: PackedTerms) -> Slots:
     if not isinstance(packed, PackedTerms):
         raise TypeError(f"expected PackedTerms, as `pack` makes them, got {type(packed).__name__}")
     form, number = packed.format, packed.groups * packed.budget
-    codes = _read_codes(packed.data, number, form.bits).reshape(packed.groups, packed.budget)
+    codes = _read_codes(packed.data, number, form.stored_bits)
+    codes = codes.reshape(packed.groups, packed.budget)
     if packed.budget == 1:
-        empty = codes == (1 << form.bits) - 1
+        empty = codes == (1 << form.stored_bits) - 1
     else:
         empty = np.zeros(codes.shape, bool)
         empty[:, 1:] = codes[:, 1:] == codes[:, :-1]
     member = np.where(empty, 0, codes & ((1 << form.index_bits) - 1)).astype(np.int32)
-    exponent = (codes >> form.index_bits) & ((1 << form.exponent_bits) - 1)
+    exponent = (codes >> form.index_bits) & ((1 << form.exponent_bits + form.marker_bits) - 1)
     exponent = np.where(empty, 0, exponent).astype(np.int32)
     damaged = (member >= packed.group_size) | (exponent >= packed.bits)
     if damaged.any():
@@ -273,7 +250,7 @@ def read_slots(packed: PackedTerms) -> Slots:
             f"{exponent[group, slot]} (of {packed.bits}), member {member[group, slot]} "
             f"(of {packed.group_size})"
         )
-    sign = 1 - 2 * (codes >> (form.bits - 1)).astype(np.int32)
+    sign = 1 - 2 * (codes >> (form.stored_bits - 1)).astype(np.int32)
     return Slots(np.where(empty, 0, sign), exponent, member)
 
 
@@ -282,10 +259,9 @@ def unpack(packed: PackedTerms) -> npt.NDArray[np.int32]:
     sign, exponent, member = read_slots(packed)
     groups = np.zeros((packed.groups, packed.group_size), np.int32)
     np.add.at(groups, (np.arange(packed.groups)[:, None], member), sign << exponent)
-    others = [n for i, n in enumerate(packed.shape) if i != packed.axis]
-    length = packed.shape[packed.axis]
-    rows = groups.reshape(*others, -(-length // packed.group_size) * packed.group_size)
-    return np.moveaxis(rows[..., :length], -1, packed.axis)
+    layout = GroupLayout(packed.group_size, (-1,))
+    rows = layout.join(groups, _stored_shape(packed.shape, packed.axis))
+    return np.moveaxis(rows, -1, packed.axis)
 
 
 @jax.jit
@@ -329,13 +305,12 @@ def packed_dot(x: jax.typing.ArrayLike, packed: PackedTerms) -> jax.Array:
     length, outputs = packed.shape[packed.axis], packed.shape[1 - packed.axis]
     if not jnp.issubdtype(x.dtype, jnp.integer) or x.ndim < 1 or x.shape[-1] != length:
         raise ValueError(f"x must hold integers [..., {length}], got {x.dtype}{list(x.shape)}")
-    along = -(-length // packed.group_size)
-    padding = [(0, 0)] * (x.ndim - 1) + [(0, along * packed.group_size - length)]
-    groups = jnp.pad(x.astype(jnp.int32), padding)
-    groups = groups.reshape(math.prod(x.shape[:-1]), along, packed.group_size)
+    rows = x.astype(jnp.int32).reshape(math.prod(x.shape[:-1]), length)
+    groups = GroupLayout(packed.group_size, (1,)).split(rows)
 
     def by_cycle(field: np.ndarray) -> jax.Array:
-        return jnp.asarray(field.reshape(outputs, along, packed.budget).transpose(2, 0, 1))
+        fields = field.reshape(outputs, groups.shape[1], packed.budget)
+        return jnp.asarray(fields.transpose(2, 0, 1))
 
     total = _shift_add(groups, Slots(*map(by_cycle, read_slots(packed))))
     return total.reshape(*x.shape[:-1], outputs)
@@ -357,9 +332,7 @@ def stream_lower_bound(
     3.169925001442312
     """
     _check_format(group_size, budget, encoding, bits)
-    top = 1 << (bits - 1)
-    terms = np.asarray(count(np.arange(-top, top + 1, dtype=np.int32), encoding, bits))
-    single: Any = np.bincount(terms, minlength=max_terms(encoding, bits) + 1).astype(object)
+    single: Any = np.bincount(count_table(encoding, bits)).astype(object)
     ways: Any = np.ones(1, object)
     for _ in range(group_size):
         ways = np.convolve(ways, single)[: budget + 1]

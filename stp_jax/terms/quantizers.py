@@ -22,12 +22,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from stp_jax.terms.encodings import Encoding, check_encoding
+from stp_jax.terms.encodings import ENCODINGS, Encoding, check_encoding
+from stp_jax.terms.groups import GroupLayout, check_group_size
 from stp_jax.terms.projection import (
     Method,
     broadcasts_to,
     check_budget,
-    check_group_size,
     check_method,
     max_budget,
     project,
@@ -64,23 +64,23 @@ class WeightFormat:
         """Terms per group at which nothing is pruned."""
         return max_budget(self.group_size, self.encoding, self.bits)
 
+    @property
+    def has_error_curve(self) -> bool:
+        """Whether `stp_jax.terms.error_curve` gives the error at every budget."""
+        return self.method == "optimal" and ENCODINGS[self.encoding].convex
+
+    def layout(self, axes: tuple[int, ...]) -> GroupLayout:
+        """Groups of this size along the adjacent axes."""
+        return GroupLayout(self.group_size, axes)
+
     def check_budget(self, budget: object) -> None:
         """Raises unless budget is an integer in [0, max_budget] or traced."""
         check_budget(budget, self.group_size, self.encoding, self.bits)
 
 
-def merge_axes(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-    """The shape with the adjacent axes merged into one, and where that one is."""
-    axes = tuple(sorted(a % len(shape) for a in axes))
-    if not axes or axes != tuple(range(axes[0], axes[-1] + 1)):
-        raise ValueError(f"group axes must be adjacent and at least one, got {axes}")
-    first, last = axes[0], axes[-1] + 1
-    return (*shape[:first], math.prod(shape[first:last]), *shape[last:]), first
-
-
 def _integers(u: jax.Array, budget: jax.Array, axes: tuple[int, ...], fmt: WeightFormat):
     """The integers nearest to u that fit the budget, float32."""
-    shape, axis = merge_axes(u.shape, axes)
+    shape, axis = fmt.layout(axes).merged(u.shape)
     v = project(
         u.reshape(shape),
         group_size=fmt.group_size,

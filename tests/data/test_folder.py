@@ -39,7 +39,7 @@ def test_mixed_sizes_are_brought_to_one(make_tree):
     batch = next(
         data.train_iterator(dataset, batch_size=9, seed=0, augment="imagenet", image_size=16)
     )
-    assert batch["image"].shape == (9, 16, 16, 3)
+    assert batch["input"].shape == (9, 16, 16, 3)
 
 
 def test_other_files_are_passed_over(make_tree):

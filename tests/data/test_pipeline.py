@@ -43,17 +43,17 @@ def test_an_epoch_reads_each_image_at_most_once_in_another_order_each_time(tagge
         next(iterator)
     available = keys((tagged.train.fetch(np.arange(1437))[0] / 16.0).astype(np.float32))
     for epoch in epochs:
-        assert len(set(keys(epoch["image"]))) == 1400
-        assert set(keys(epoch["image"])) <= set(available)
-    assert keys(epochs[0]["image"]) != keys(epochs[1]["image"])
+        assert len(set(keys(epoch["input"]))) == 1400
+        assert set(keys(epoch["input"])) <= set(available)
+    assert keys(epochs[0]["input"]) != keys(epochs[1]["input"])
 
 
 def test_batches_are_normalised_float32(digits):
     batch = next(data.train_iterator(digits, batch_size=1437, seed=0))
-    assert batch["image"].shape == (1437, 8, 8, 1)
-    assert (batch["image"].dtype, batch["label"].dtype) == (np.float32, np.int32)
-    np.testing.assert_allclose(batch["image"].mean(), 0.0, atol=1e-4)
-    np.testing.assert_allclose(batch["image"].std(), 1.0, atol=1e-4)
+    assert batch["input"].shape == (1437, 8, 8, 1)
+    assert (batch["input"].dtype, batch["label"].dtype) == (np.float32, np.int32)
+    np.testing.assert_allclose(batch["input"].mean(), 0.0, atol=1e-4)
+    np.testing.assert_allclose(batch["input"].std(), 1.0, atol=1e-4)
 
 
 def test_normalisation_is_per_channel(make_tree):
@@ -61,7 +61,7 @@ def test_normalisation_is_per_channel(make_tree):
     batch = next(data.eval_batches(dataset, batch_size=6))
     stored = dataset.test.fetch(np.arange(6))[0] / 255
     expected = (stored - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
-    np.testing.assert_allclose(batch["image"], expected, atol=1e-5)
+    np.testing.assert_allclose(batch["input"], expected, atol=1e-5)
 
 
 def test_seed_alone_decides_the_batches(digits):
@@ -70,13 +70,13 @@ def test_seed_alone_decides_the_batches(digits):
         return collect(itertools.islice(iterator, 5))
 
     assert_same(run(7), run(7))
-    assert keys(run(7)["image"]) != keys(run(8)["image"])
+    assert keys(run(7)["input"]) != keys(run(8)["input"])
 
 
 def test_augmentation_moves_by_one_pixel(tagged):
     plain = data.train_iterator(tagged, batch_size=200, seed=1)
     moved = data.train_iterator(tagged, batch_size=200, seed=1, augment="shift")
-    plain, moved = next(plain)["image"], next(moved)["image"]
+    plain, moved = next(plain)["input"], next(moved)["input"]
     padded = np.pad(plain, ((0, 0), (1, 1), (1, 1), (0, 0)))
     offsets = [(y, x) for y in range(3) for x in range(3)]
     matches = np.stack(
@@ -141,10 +141,10 @@ def test_evaluation_sees_each_example_once(tagged, batch_size, shards):
         for i in range(shards)
     ]
     assert len({len(part) for part in parts}) == 1
-    shapes = {batch["image"].shape for part in parts for batch in part}
+    shapes = {batch["input"].shape for part in parts for batch in part}
     assert shapes == {(batch_size // shards, 8, 8, 1)}
     counted = [collect(part) for part in parts]
-    real = [part["image"][part["mask"] == 1] for part in counted]
+    real = [part["input"][part["mask"] == 1] for part in counted]
     assert sum(len(images) for images in real) == 360
     expected = (tagged.test.fetch(np.arange(360))[0] / 16.0).astype(np.float32)
     assert sorted(keys(np.concatenate(real))) == sorted(keys(expected))
@@ -162,7 +162,7 @@ def test_images_of_another_size_are_resized(make_tree):
         data.train_iterator(dataset, batch_size=2, seed=0, image_size=12, augment="cifar"),
         data.eval_batches(dataset, batch_size=2, image_size=(12, 12)),
     ):
-        assert next(iterator)["image"].shape == (2, 12, 12, 3)
+        assert next(iterator)["input"].shape == (2, 12, 12, 3)
 
 
 @pytest.mark.parametrize(

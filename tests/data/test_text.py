@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from stp_jax.data import load_text, text_eval_batches, text_train_iterator
+from stp_jax.data import load_text
 from stp_jax.data.text import VOCABULARY, encode_text
 
 
@@ -31,8 +31,8 @@ def test_it_is_python_s_language_reference(text):
 
 
 def test_labels_are_the_next_characters(text):
-    batch = next(iter(text_eval_batches(text, batch_size=4)))
-    np.testing.assert_array_equal(batch["image"][:, 1:], batch["label"][:, :-1])
+    batch = next(iter(text.eval_batches(batch_size=4)))
+    np.testing.assert_array_equal(batch["input"][:, 1:], batch["label"][:, :-1])
     # A window ends with the character that the next one starts with.
     np.testing.assert_array_equal(text.test[:100, -1], text.test[1:101, 0])
 
@@ -47,38 +47,38 @@ def test_no_test_window_is_in_the_training_split(text):
 def test_evaluation_sees_every_window_once(text, shards):
     seen = []
     for index in range(shards):
-        batches = text_eval_batches(text, batch_size=128, shard_index=index, shard_count=shards)
+        batches = text.eval_batches(batch_size=128, shard_index=index, shard_count=shards)
         for batch in batches:
             seen += [
-                row.tobytes() for row, m in zip(batch["image"], batch["mask"], strict=True) if m
+                row.tobytes() for row, m in zip(batch["input"], batch["mask"], strict=True) if m
             ]
     expected = [row[:-1].astype(np.int32).tobytes() for row in text.test]
     assert sorted(seen) == sorted(expected)
 
 
 def test_training_order_is_the_seed_s_and_can_be_resumed(text):
-    first = text_train_iterator(text, batch_size=8, seed=3)
+    first = text.train_batches(batch_size=8, seed=3)
     a, b = next(first), next(first)
     state = first.get_state()
     c = next(first)
-    again = text_train_iterator(text, batch_size=8, seed=3)
+    again = text.train_batches(batch_size=8, seed=3)
     again.set_state(state)
-    np.testing.assert_array_equal(next(again)["image"], c["image"])
-    other = next(text_train_iterator(text, batch_size=8, seed=4))
-    assert not np.array_equal(other["image"], a["image"])
+    np.testing.assert_array_equal(next(again)["input"], c["input"])
+    other = next(text.train_batches(batch_size=8, seed=4))
+    assert not np.array_equal(other["input"], a["input"])
     halves = [
-        next(text_train_iterator(text, batch_size=8, seed=3, shard_index=i, shard_count=2))
+        next(text.train_batches(batch_size=8, seed=3, shard_index=i, shard_count=2))
         for i in range(2)
     ]
-    np.testing.assert_array_equal(a["image"][0::2], halves[0]["image"])
-    np.testing.assert_array_equal(a["image"][1::2], halves[1]["image"])
-    assert not np.array_equal(a["image"], b["image"])
+    np.testing.assert_array_equal(a["input"][0::2], halves[0]["input"])
+    np.testing.assert_array_equal(a["input"][1::2], halves[1]["input"])
+    assert not np.array_equal(a["input"], b["input"])
 
 
 def test_an_epoch_is_a_permutation(text):
     steps = len(text.train) // 512
-    batches = itertools.islice(text_train_iterator(text, batch_size=512, seed=0), steps)
-    seen = np.concatenate([batch["image"] for batch in batches])
+    batches = itertools.islice(text.train_batches(batch_size=512, seed=0), steps)
+    seen = np.concatenate([batch["input"] for batch in batches])
     windows, counts = np.unique(text.train[:, :-1], axis=0, return_counts=True)
     found, times = np.unique(seen, axis=0, return_counts=True)
     index = {row.tobytes(): n for row, n in zip(windows.astype(np.int32), counts, strict=True)}

@@ -114,15 +114,6 @@ def test_every_public_name_has_a_reference_entry(hooks, package):
     assert set(hooks.public_names(package)) == public
 
 
-def test_the_page_on_adding_an_encoding_speaks_of_the_present_file():
-    (diff,) = re.findall(r"```diff\n(.*?)```", (DOCS / "extending.md").read_text(), re.DOTALL)
-    path = re.search(r"^--- a/(.*)$", diff, re.MULTILINE)[1]
-    source = (DOCS.parent / path).read_text()
-    body = diff.partition("@@")[2].splitlines()
-    removed = [line[1:] for line in body if line.startswith(("-", " "))]
-    assert removed and all(line in source for line in removed)
-
-
 def test_the_work_folder_holds_what_the_page_says(tmp_path):
     page = (DOCS / "experiments.md").read_text()
     _, table, _ = re.split(r"## The work folder|\*\*Resume", page, maxsplit=2)

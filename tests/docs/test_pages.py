@@ -16,6 +16,7 @@ import jax
 import pytest
 
 from stp_jax.models import MODELS
+from stp_jax.terms import ENCODINGS, METHODS
 
 DOCS = Path(__file__).parents[2] / "docs"
 BLOCK = re.compile(
@@ -30,12 +31,13 @@ def lines(text):
 
 
 @pytest.fixture(autouse=True)
-def registered_models():
-    """Pages may add models; other tests must not see them."""
-    before = dict(MODELS)
+def registries():
+    """Pages may add models, encodings and methods; other tests must not see them."""
+    before = [(registry, dict(registry)) for registry in (MODELS, ENCODINGS, METHODS)]
     yield
-    MODELS.clear()
-    MODELS.update(before)
+    for registry, entries in before:
+        registry.clear()
+        registry.update(entries)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))

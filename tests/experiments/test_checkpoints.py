@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments.runtime import checkpoints, disk, manifest
+from experiments.runtime import checkpoints, manifest, workdir
 from experiments.runtime.checkpoints import CheckpointError, StageCheckpoints
 
 
@@ -176,5 +176,5 @@ def test_a_full_disk_is_an_error_and_leaves_the_checkpoint_before(tmp_path, monk
         patch.setattr(checkpoints, "write_manifest", full)
         with pytest.raises(Exception) as caught:
             save(tmp_path, 8)
-    assert disk.is_full(caught.value)
+    assert workdir.disk_is_full(caught.value)
     assert_is_step(restore(tmp_path), 4)

@@ -23,6 +23,8 @@ def test_values_take_the_type_of_their_key():
 
 WRONG = [
     ("bugdet=3", "unknown key 'bugdet'; did you mean budget"),
+    ("BOOKKEEPING=3", "unknown key 'BOOKKEEPING'; --help lists the keys"),
+    ("zzz=3", "unknown key 'zzz'; --help lists the keys"),
     ("seed", "--set takes key=value, got 'seed'"),
     ("seed=x", "seed must be a whole number, got 'x'"),
     ("seed=-1", "seed must be in"),

@@ -52,7 +52,8 @@ def make_context(digits, tmp_path):
         config = override(configs.load("stp_mlp").CONFIG, settings)
         workdir = tmp_path / f"{devices}-{'-'.join(settings)}"
         mesh = sharding.make_mesh(jax.devices()[:devices])
-        return Context(config, workdir, digits, Console(quiet=True), mesh)
+        dataset = data.ImageData(dataset=digits, augment=config.augment)
+        return Context(config, workdir, dataset, Console(quiet=True), mesh)
 
     return make
 
@@ -66,7 +67,7 @@ def few_steps(context, steps):
     return steps / context.steps_per_epoch
 
 
-FLOAT = train.Stage("float", 0, 0.0, 0.05)
+FLOAT = train.Training("float", 0.0, 0.05)
 
 
 @pytest.mark.parametrize("network", ["mlp", "conv"])
@@ -96,7 +97,7 @@ def test_guided_and_distilled_steps_start_alike_in_both_shardings(make_context):
         context = make_context(devices, f"sharding={kind}")
         teacher = make_model(context)
         model = stp_jax.quantize(teacher, make_policy(context.config, teacher))
-        stp_jax.calibrate(model, [b["image"] for b in context.calibration_batches()])
+        stp_jax.calibrate(model, [b["input"] for b in context.calibration_batches()])
         targets = dict.fromkeys(stp_jax.budgets(model), 6)
         stage = FLOAT._replace(
             name="guided", epochs=few_steps(context, 2), distill=0.5, guide_to=targets
@@ -109,7 +110,7 @@ def test_guided_and_distilled_steps_start_alike_in_both_shardings(make_context):
 def test_fsdp_cuts_output_channels_and_nothing_else(make_context):
     context = make_context(8, "sharding=fsdp")
     _, params, rest = nnx.split(SmallConv(), nnx.Param, ...)
-    tx = train.make_optimizer(context.config, lr=0.1, steps=10, guided=False)
+    tx = train.make_optimizer(context.config, lr=0.1, steps=10)
     state = train.TrainState(params, rest, tx.init(params))
     state = jax.device_put(state, train.state_shardings(context, state))
 
@@ -158,8 +159,8 @@ def test_evaluation_counts_every_example_once(make_context):
             return jax.nn.one_hot(labels[jnp.argmin(distance, axis=1)], 10)
 
     context = make_context(8)
-    (batch,) = context.eval_batches(360)
-    model = Oracle(jnp.asarray(batch["image"]), jnp.asarray(batch["label"]))
+    (batch,) = context.dataset.eval_batches(batch_size=360)
+    model = Oracle(jnp.asarray(batch["input"]), jnp.asarray(batch["label"]))
     for size in (8, 112, 360):
         config = dataclasses.replace(context.config, eval_batch_size=size)
         assert train.evaluate(dataclasses.replace(context, config=config), model) == 100.0
@@ -169,7 +170,7 @@ def test_a_stage_compiles_its_step_once_though_budgets_anneal(make_context, capl
     context = make_context(2)
     model = make_model(context)
     model = stp_jax.quantize(model, make_policy(context.config, model))
-    stp_jax.calibrate(model, [b["image"] for b in context.calibration_batches()])
+    stp_jax.calibrate(model, [b["input"] for b in context.calibration_batches()])
     targets = dict.fromkeys(stp_jax.budgets(model), 4)
     stage = FLOAT._replace(name="guided", epochs=few_steps(context, 12), guide_to=targets)
     with jax.log_compiles(), caplog.at_level("WARNING"):

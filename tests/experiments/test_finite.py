@@ -29,7 +29,8 @@ def context(tmp_path_factory):
     settings = ["model_options.hidden=8", "log_every=4", "checkpoint_every=8"]
     config = override(configs.load("stp_mlp").CONFIG, settings)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    dataset = data.load("digits", data_dir=tmp_path_factory.mktemp("tfds"))
+    digits = data.load("digits", data_dir=tmp_path_factory.mktemp("tfds"))
+    dataset = data.ImageData(dataset=digits, augment=config.augment)
     return Context(config, tmp_path_factory.mktemp("none"), dataset, Console(), mesh)
 
 
@@ -58,7 +59,7 @@ def test_a_step_that_diverges_is_named_with_its_layers_and_not_saved(
 ):
     """Infinite features from step 11 on, which lies between two looks (8 and 12)."""
     context = dataclasses.replace(context, workdir=tmp_path)
-    batches = context.train_iterator(0)
+    batches = context.train_iterator("float")
 
     class Poisoned:
         """Becomes bad after ten batches."""
@@ -68,7 +69,7 @@ def test_a_step_that_diverges_is_named_with_its_layers_and_not_saved(
         def __next__(self):
             self.count += 1
             batch = next(batches)
-            return {**batch, "image": batch["image"] * (np.inf if self.count > 10 else 1)}
+            return {**batch, "input": batch["input"] * (np.inf if self.count > 10 else 1)}
 
         def get_state(self):
             return batches.get_state()
@@ -76,7 +77,7 @@ def test_a_step_that_diverges_is_named_with_its_layers_and_not_saved(
     monkeypatch.setattr(Context, "train_iterator", lambda *_: Poisoned())
     model = make_model(context)
     with pytest.raises(train.TrainingError) as caught:
-        train.train_stage(context, model, train.Stage("float", 0, 1.0, 0.01))
+        train.train_stage(context, model, train.Training("float", 1.0, 0.01, "float_lr"))
     told = str(caught.value)
     assert told.startswith("float, step 11: not finite: loss, gradient.layers.0.")
     assert "the last good checkpoint is kept" in told
@@ -91,13 +92,13 @@ def test_weights_that_are_not_finite_are_named_before_the_first_step(context, tm
     kernel = model.layers[2].kernel
     kernel[...] = kernel[...].at[0, 0].set(jnp.nan)
     with pytest.raises(train.TrainingError, match=r"before step 1: .*params\.layers\.2\.kernel"):
-        train.train_stage(context, model, train.Stage("float", 0, 1.0, 0.01))
+        train.train_stage(context, model, train.Training("float", 1.0, 0.01, "float_lr"))
     assert steps_saved(context, "float") == []
 
 
 def test_a_sound_stage_ends_finite(context, tmp_path):
     context = dataclasses.replace(context, workdir=tmp_path)
     model = make_model(context)
-    model = train.train_stage(context, model, train.Stage("float", 0, 0.5, 0.01))
+    model = train.train_stage(context, model, train.Training("float", 0.5, 0.01))
     assert not jnp.any(finite.nonfinite(nnx.state(model)))
     assert steps_saved(context, "float") == [8, 11]

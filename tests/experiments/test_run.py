@@ -15,10 +15,10 @@ import pytest
 
 from experiments import configs
 from experiments.config import override
-from experiments.run import claim, main
-from experiments.runtime import checkpoints, interrupts
-from experiments.runtime.lock import locked
+from experiments.run import main
+from experiments.runtime import checkpoints, processes
 from experiments.runtime.manifest import find_damage
+from experiments.runtime.workdir import claim_workdir, locked
 
 SMALL = [
     "float_epochs=2",
@@ -197,15 +197,15 @@ def test_wrong_processes_are_named(arguments, message, capsys):
 
 
 def test_a_signal_is_obeyed_at_the_end_of_the_step_and_a_second_one_at_once():
-    with interrupts.held():
-        assert interrupts.pending() is None
+    with processes.deferred_signals():
+        assert processes.pending() is None
         signal.raise_signal(signal.SIGINT)
-        assert interrupts.pending() == signal.SIGINT
-        with pytest.raises(interrupts.Interrupted, match="SIGINT"):
-            interrupts.check()
+        assert processes.pending() == signal.SIGINT
+        with pytest.raises(processes.Interrupted, match="SIGINT"):
+            processes.check()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert interrupts.pending() is None
+    assert processes.pending() is None
 
 
 def test_a_disk_that_fills_up_ends_the_run_with_a_message(tmp_path, monkeypatch, capsys):
@@ -250,7 +250,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
     workdir = tmp_path / "run"
     sizes = [f"{key}={8 * jax.device_count()}" for key in ("batch_size", "eval_batch_size")]
     config = override(configs.load("stp_mlp").CONFIG, sizes)
-    claim(workdir, "stp_mlp", config)
+    claim_workdir(workdir, "stp_mlp", config)
     with locked(workdir):
         assert main(["--exp=stp_mlp", f"--workdir={workdir}", "--set", *sizes]) == 2
     assert f"another run is working in {workdir}" in capsys.readouterr().err
@@ -258,7 +258,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
 
 def test_a_kill_in_the_first_write_leaves_a_folder_that_can_be_claimed(tmp_path):
     (tmp_path / "config.json.partial").write_text("{")
-    claim(tmp_path, "stp_mlp", configs.load("stp_mlp").CONFIG)
+    claim_workdir(tmp_path, "stp_mlp", configs.load("stp_mlp").CONFIG)
     assert json.loads((tmp_path / "config.json").read_text())["experiment"] == "stp_mlp"
 
 
@@ -280,7 +280,10 @@ def test_experiments_are_listed():
         (["--exp=nothing"], "no experiment 'nothing'"),
         (["--exp=stp_resnet18", "--set", "data=no_such_set"], "no_such_set"),
         (["--exp=stp_resnet18", "--set", "data=folder", "data_dir=/no/where"], "/no/where"),
-        (["--exp=stp_resnet18", "--set", "batch_size=5000"], "more than the 1437 training images"),
+        (
+            ["--exp=stp_resnet18", "--set", "batch_size=5000"],
+            "more than the 1437 training examples",
+        ),
         (["--exp=stp_resnet18", "--set", "model=resnet20"], "stem"),
         (["--exp=stp_resnet18", "--set", "int8_layers=head"], "no layer has such a path"),
     ],

@@ -37,7 +37,7 @@ def quantized(model, x, **options):
     model.train()
     for _ in range(30):  # the running statistics keep 0.9 of themselves a step
         logits(model, x)
-    model = stp_jax.quantize(model, models.default_policy(model, **{"budget": 6} | options))
+    model = stp_jax.quantize(model, stp_jax.default_policy(model, **{"budget": 6} | options))
     model.eval()
     stp_jax.calibrate(model, [x])
     return model
@@ -62,7 +62,7 @@ LAST = {"mlp": "layers.2", "resnet20": "linear", "vit_s16": "head"}
 
 @pytest.fixture(scope="module")
 def digits():
-    return jnp.asarray(next(data.eval_batches(data.load("digits"), batch_size=360))["image"])
+    return jnp.asarray(next(data.eval_batches(data.load("digits"), batch_size=360))["input"])
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -71,7 +71,7 @@ def exported(request, digits, tmp_path_factory):
     name = request.param
     float_model = models.create(name, num_classes=10, rngs=nnx.Rngs(0), **MODELS[name])
     model = quantized(float_model, digits)
-    last, _ = stp_jax.quantized_layers(model)[LAST[name]]
+    last = stp_jax.quantized_layers(model)[LAST[name]].module
     last.bias[...] -= logits(model, digits).mean(axis=0)
     path = tmp_path_factory.mktemp(name) / "m.onnx"
     export_onnx(model, digits, path)

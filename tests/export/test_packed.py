@@ -13,7 +13,7 @@ from safetensors.flax import save_file
 import stp_jax
 from stp_jax import models
 from stp_jax.export.packed import FORMAT, load_packed, packed_sizes, save_packed
-from stp_jax.terms.packing import slot_format
+from stp_jax.terms import slot_format
 
 
 class Mixed(nnx.Module):
@@ -149,7 +149,7 @@ def test_the_file_is_as_small_as_its_streams(tmp_path):
     groups = stp_jax.group_counts(model)
     for path in stp_jax.integer_weights(model):
         terms = stored[f"{entries[path]['kernel']}.terms"]
-        assert terms.nbytes == -(-groups[path] * 5 * slot_format(8, 5).bits // 8)
+        assert terms.nbytes == -(-groups[path] * 5 * slot_format(8, 5).stored_bits // 8)
     sizes = packed_sizes(model)
     assert sizes.total.packed == sum(tensor.nbytes for tensor in stored.values())
     scales = 4 * (8 + 1)  # eight output channels and the input

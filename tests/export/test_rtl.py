@@ -9,7 +9,7 @@ from flax import nnx
 import stp_jax
 from stp_jax.export.rtl import layer_jobs, write_layer_images
 from stp_jax.hwmodel.rtl import icarus_available, simulate_array
-from stp_jax.hwmodel.rtl.images import pack_terms
+from stp_jax.hwmodel.rtl.images import wire_slots
 
 
 class Small(nnx.Module):
@@ -43,9 +43,9 @@ def small(**rule):
 def layer_sums(model, layer):
     """The layer's output in units of both scales, without its bias."""
     integer = stp_jax.integer_model(model)
-    module, quantizer = stp_jax.quantized_layers(model)[layer]
+    quantized = stp_jax.quantized_layers(model)[layer]
     seen = []
-    hook = "dot_general" if isinstance(module, nnx.Linear) else "conv_general_dilated"
+    hook = quantized.layer.product
     target = getattr(integer, layer)
     product = getattr(target, hook)
 
@@ -55,7 +55,7 @@ def layer_sums(model, layer):
 
     setattr(target, hook, nnx.static(recorded))
     integer(X)
-    scale = quantizer.kernel_scale(module.kernel[...]).reshape(-1) * quantizer.input_scale(X)
+    scale = quantized.scale.reshape(-1) * quantized.stored_input_scale
     out = np.asarray(seen[0], np.float64)
     return out.reshape(-1, out.shape[-1]) / np.asarray(scale, np.float64)
 
@@ -78,7 +78,7 @@ def test_groups_are_those_of_training(layer):
     """Every group of consecutive weights fits the slots, which other groupings would not."""
     model = small()
     for job in layer_jobs(model, layer, X):
-        pack_terms(job.weights.reshape(-1, 8), job.budget)
+        wire_slots(job.weights.reshape(-1, 8), job.budget)
 
 
 @pytest.mark.skipif(not icarus_available(), reason="Icarus Verilog is not installed")
@@ -93,7 +93,7 @@ def test_the_array_computes_a_trained_layer():
 def test_images_are_written(at_edge, tmp_path):
     folder = tmp_path / "new" / "images"
     words = write_layer_images(small(), "fc", X, folder, rows=2, cols=2, encode_at_edge=at_edge)
-    name, parameter = ("weights", "WEIGHT_WORDS") if at_edge else ("terms", "TERM_WORDS")
+    name, parameter = ("weights", "WEIGHT_WORDS") if at_edge else ("wire_slots", "SLOT_WORDS")
     lines = (folder / f"{name}.hex").read_text().split()
     groups = 2 * 5 * 2  # two row folds of two rows, five filters
     assert len(lines) == words[parameter] == groups * (1 if at_edge else 6)

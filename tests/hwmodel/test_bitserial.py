@@ -7,6 +7,8 @@ from stp_jax import hwmodel
 
 LAYER = hwmodel.conv("c", (5, 6), channels=6, filters=10, kernel=(3, 3), groups=2)
 NETWORK = hwmodel.Network((LAYER, hwmodel.dense("d", 11, 7, rows=3)))
+
+
 ALL = (
     hwmodel.Stripes(lanes=4),
     hwmodel.BitPragmatic(lanes=4),
@@ -204,31 +206,12 @@ def test_bad_operands_and_lanes_are_refused():
         hwmodel.BitVert(pruned_columns=7)
 
 
-def test_term_macs_take_k_times_s_cycles():
-    single = hwmodel.GroupPE(group_size=4)
-    pairs = hwmodel.TermMac(group_size=4, data_terms=3)
-    one, three = (
-        hwmodel.evaluate(NETWORK, hwmodel.Array(rows=3, cols=4, pe=pe), budgets=5)
-        for pe in (single, pairs)
-    )
-    fill = hwmodel.arrays.fold(NETWORK, hwmodel.Array(rows=3, cols=4, pe=single)).fill_cycles
-    np.testing.assert_array_equal(three.cycles - fill, 3 * (one.cycles - fill))
-    np.testing.assert_array_equal(three.operations["terms"], 3 * one.operations["terms"])
-
-
 def test_bitlet_counts_beyond_a_byte():
     network = hwmodel.Network((hwmodel.dense("d", 512, 3),))
     array = hwmodel.Array(rows=1, cols=1, pe=hwmodel.Bitlet(lanes=512))
     report = hwmodel.evaluate(network, array, weights={"d": np.ones((512, 3), np.int32)})
     fill = hwmodel.arrays.fold(network, array).fill_cycles
     np.testing.assert_array_equal(report.cycles - fill, [3 * 512])
-
-
-def test_many_lanes_wait_beyond_a_byte():
-    """Where neither operand is constant, a product of counts does not wrap either."""
-    w = np.array([[300, 2], [1, 1]], np.uint16)
-    a = np.array([[1, 2], [3, 1]], np.uint8)
-    np.testing.assert_array_equal(hwmodel.operands._largest_products(w, a), [[300, 600], [3, 4]])
 
 
 def test_bitlet_writes_its_sum_once_a_step():

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from stp_jax.hwmodel import Array, GroupPE, Network, dense, evaluate, rtl
-from stp_jax.hwmodel.rtl.images import index_bits
-from stp_jax.terms import encode, project
+from stp_jax.terms import encode, project, slot_format
 
 needs_icarus = pytest.mark.skipif(
     not rtl.icarus_available(), reason="iverilog and vvp (Icarus Verilog) are not on PATH"
@@ -26,9 +25,9 @@ ARRAYS = [
 
 
 def unpack(words, group_size):
-    """Term words [..., k] as weights [..., g], written from the documented layout alone."""
+    """Wire slots [..., k] as weights [..., g], written from the documented layout alone."""
     words = np.asarray(words, np.int64)
-    bits = index_bits(group_size)
+    bits = slot_format(group_size, 2).index_bits
     index, exponent = words & ((1 << bits) - 1), (words >> bits) & 7
     sign, valid = (words >> (bits + 3)) & 1, words >> (bits + 4)
     values = valid * (1 - 2 * sign) << exponent
@@ -79,9 +78,9 @@ def test_encoder_gives_the_naf_of_every_value(bits):
 @pytest.mark.parametrize("group_size", [2, 4, 8, 12, 16])
 def test_packed_words_hold_the_weights_largest_term_first(group_size):
     groups = np.random.default_rng(group_size).integers(-170, 171, (50, group_size))
-    words = rtl.pack_terms(groups, 4 * group_size)
+    words = rtl.wire_slots(groups, 4 * group_size)
     np.testing.assert_array_equal(unpack(words, group_size), groups)
-    bits = index_bits(group_size)
+    bits = slot_format(group_size, 2).index_bits
     valid, exponent = words >> (bits + 4), (words >> bits) & 7
     index = words & ((1 << bits) - 1)
     # Empty slots at the end only; exponents fall and, where equal, indices rise.
@@ -91,7 +90,7 @@ def test_packed_words_hold_the_weights_largest_term_first(group_size):
 
 
 def test_a_term_of_a_group_of_eight_is_a_byte():
-    assert rtl.pack_terms(np.full((1, 8), 85), 32).max() < 256
+    assert rtl.wire_slots(np.full((1, 8), 85), 32).max() < 256
 
 
 @needs_icarus
@@ -103,7 +102,7 @@ def test_edge_streams_the_packed_words(group_size):
         weights = few_term_weights(rng, group_size, budget)
         groups = weights.reshape(-1, group_size)
         np.testing.assert_array_equal(
-            rtl.simulate_weight_edge(groups, slots=budget), rtl.pack_terms(groups, budget)
+            rtl.simulate_weight_edge(groups, slots=budget), rtl.wire_slots(groups, budget)
         )
 
 
@@ -206,7 +205,7 @@ def test_images_refuse_what_the_array_could_not_compute(tmp_path):
     with pytest.raises(ValueError, match="stored weights must fit int8"):
         rtl.write_images(tmp_path, [large], **array, encode_at_edge=True)
     with pytest.raises(ValueError, match="term 2"):
-        rtl.pack_terms(np.array([171, 0]), 8)
+        rtl.wire_slots(np.array([171, 0]), 8)
     with pytest.raises(ValueError, match="group_size at least 2"):
         rtl.simulate_array([large], rows=1, cols=1, group_size=1)
 

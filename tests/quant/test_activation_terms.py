@@ -25,7 +25,7 @@ def test_inputs_hold_at_most_so_many_terms_and_integers_agree(method, encoding):
     x = jax.random.normal(jax.random.key(1), (32, 16), jnp.float32)
     stp_jax.calibrate(model, [x])
     (quantized,) = stp_jax.quantized_layers(model).values()
-    scale = np.asarray(quantized.quantizer.input_scale(x))
+    scale = np.asarray(quantized.format.input_scale(x, quantized.stored_input_scale))
     v = np.round(np.asarray(quantized.quantizer.quantize_input(x)) / scale).astype(int)
     assert terms.count(v, encoding).max() == 2
     assert np.abs(v).max() <= 128

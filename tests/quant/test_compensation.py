@@ -54,7 +54,7 @@ def test_the_ratio_is_the_one_of_the_layers_outputs(name):
     # The kernel holds values that fit the budget, and the layer's projection leaves them alone.
     integers = stp_jax.integer_weights(stp)["layers.0"]
     kernel = stp.layers[0].kernel[...]
-    scale = stp.layers[0].promote_dtype.kernel_scale(kernel)
+    scale = stp_jax.quantized_layers(stp)["layers.0"].scale
     np.testing.assert_allclose(scale * jnp.asarray(integers, scale.dtype), kernel, rtol=1e-6)
     groups = np.asarray(count(integers))
     groups = np.moveaxis(groups, -2, -1)

@@ -376,8 +376,8 @@ def test_equal_models_are_equal_and_hashable():
     assert a == b and hash(a) == hash(b)
     assert a != quantize(nn.Dense(5))
     assert a.features == 4
-    with pytest.raises(AttributeError, match="bind"):
-        _ = a.bind  # would run the float module
+    with pytest.raises(AttributeError, match="lazy_init"):
+        _ = a.lazy_init  # would run the float module
 
 
 def test_mistakes_are_named():
@@ -399,6 +399,7 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="2 budgets for 1"):
         model.set_budgets(variables, {"": [1, 2]})
     with pytest.raises(ValueError, match="no collection 'stp'"):
-        model.budgets({"params": variables["params"]})
+        model.set_budgets({"params": variables["params"]}, {"": 3})
+    assert model.budgets({"params": variables["params"]}) == {"": 4}  # the rule's, as by apply
     with pytest.raises(ValueError, match="unbound"):
         stp_jax.quantize(nn.Dense(4).bind({}), Policy([Rule(path=".*")]))

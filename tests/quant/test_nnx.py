@@ -393,13 +393,13 @@ def test_a_number_sets_every_budget_and_names_are_checked():
 
 def test_linen_models_are_told_apart():
     model = stp_jax.quantize(linen.Dense(4), policy(budget=7))
-    for function in (stp_jax.budgets, stp_jax.kernel_paths, stp_jax.integer_model):
-        with pytest.raises(
-            TypeError, match=r"is a Linen model: .* methods of what stp_jax\.quantize"
-        ):
+    for function in (stp_jax.budgets, stp_jax.quantized_layers, stp_jax.integer_model):
+        with pytest.raises(TypeError, match=r"with its variables; .* model\.bind\(variables\)"):
             function(model)
-    with pytest.raises(TypeError, match=r"expected an nnx\.Module, got dict"):
+    with pytest.raises(TypeError, match=r"expected an nnx\.Module or a Linen model .* got dict"):
         stp_jax.budgets({})
+    with pytest.raises(TypeError, match=r"expected an nnx\.Module, got QuantizedModule"):
+        stp_jax.kernel_paths(model)
 
 
 class Scaled(nnx.Module):

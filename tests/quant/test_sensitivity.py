@@ -26,7 +26,7 @@ def test_curves_are_the_projected_kernels_errors():
     plain = stp_jax.error_curves(model)[""]
     twice = stp_jax.error_curves(model, importance={"": jnp.full_like(weights, 2.0)})[""]
     np.testing.assert_allclose(twice, 2 * plain, rtol=1e-5)
-    assert len(plain) == model.promote_dtype.rule.format.max_budget + 1
+    assert len(plain) == model.promote_dtype.format.rule.format.max_budget + 1
     for budget in (0, 3, 7, len(plain) - 1):
         projected = stp_jax.project_params(model, {"": budget})["kernel"][...]
         error = float(np.sum((np.asarray(projected) - kernel) ** 2))

@@ -52,7 +52,7 @@ def test_term_revealing_of_data_in_figures():
     st.lists(st.floats(-400, 400, width=32), min_size=4, max_size=4),
     st.sampled_from([None, 1, 2, 3]),
     st.sampled_from([2, 4, 8]),
-    st.sampled_from(terms.METHODS),
+    st.sampled_from(list(terms.METHODS)),
     st.sampled_from(["naf", "hese"]),
 )
 def test_quantizer_is_scale_times_its_integers_under_jit(x, most, bits, method, encoding):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from stp_jax import terms
 
-ENCODINGS = st.sampled_from(terms.ENCODINGS)
+ENCODINGS = st.sampled_from(list(terms.ENCODINGS))
 
 
 @pytest.mark.parametrize("encoding", terms.ENCODINGS)

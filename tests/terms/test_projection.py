@@ -1,7 +1,9 @@
 """Projection: published examples, and the optimum against independent searches."""
 
+import functools
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +54,7 @@ def least_error(w, budget, encoding, bits, limit, importance):
 @st.composite
 def problems(draw):
     bits = draw(st.sampled_from([3, 4, 8]))
-    encoding = draw(st.sampled_from(terms.ENCODINGS))
+    encoding = draw(st.sampled_from(list(terms.ENCODINGS)))
     size = draw(st.sampled_from([1, 2, 5, 8]))
     top = 1 << (bits - 1)
     number = st.integers(-top, top) if draw(st.booleans()) else st.floats(-top, top, width=32)
@@ -181,17 +183,48 @@ def test_large_groups_use_the_exact_comparison():
 
 def test_one_compilation_serves_every_budget():
     w = jnp.asarray(np.random.default_rng(1).normal(size=(16, 8)) * 40, jnp.float32)
-    traces = []
 
     @jax.jit
+    @chex.assert_max_traces(1)
     def run(w, budget):
-        traces.append(1)
         return terms.project(w, group_size=8, budget=budget, axis=0)
 
     for budget in (0, 3, 8, 32):
         expected = terms.project(w, group_size=8, budget=budget, axis=0)
-        np.testing.assert_array_equal(run(w, jnp.int32(budget)), expected)
-    assert len(traces) == 1
+        chex.assert_trees_all_equal(run(w, jnp.int32(budget)), expected)
+
+
+class Jitted(chex.TestCase):
+    """The public functions under `jax.jit`, with static options closed over, and without."""
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_project(self):
+        w = jnp.asarray(np.random.default_rng(6).normal(size=(5, 19)) * 40, jnp.float32)
+        for method, encoding in (("optimal", "naf"), ("optimal", "hese"), ("greedy", "naf")):
+            options = {"group_size": 8, "axis": 1, "method": method, "encoding": encoding}
+            run = self.variant(functools.partial(terms.project, **options))
+            v = run(w, budget=jnp.int32(9))
+            chex.assert_shape(v, w.shape)
+            chex.assert_type(v, jnp.int32)
+            held = terms.GroupLayout(8, axes=(1,)).sums(terms.count(v, encoding))
+            assert int(held.max()) <= 9
+            for start in (0, 8, 16):  # each group on its own
+                group = np.asarray(w)[:, start : start + 8]
+                alone = terms.project(group, budget=9, **options)
+                chex.assert_trees_all_equal(v[:, start : start + 8], alone)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_quantizers(self):
+        w = jnp.asarray(np.random.default_rng(7).normal(size=(12, 4)), jnp.float32)
+        scale = terms.max_scale(w, axes=(0,))
+        fmt = terms.WeightFormat(group_size=4)
+        quantize = functools.partial(terms.quantize_weights, axes=(0,), fmt=fmt)
+        v = terms.project(w / scale, group_size=4, budget=5, axis=0, limit=127)
+        q = self.variant(quantize)(w, scale, jnp.int32(5))
+        chex.assert_trees_all_close(q, scale * v.astype(jnp.float32), rtol=1e-6)
+        x = self.variant(functools.partial(terms.quantize_activations, terms=2))(w, scale)
+        limited = terms.limit_terms(jnp.round(w / scale), 2)
+        chex.assert_trees_all_close(x, scale * limited, rtol=1e-6)
 
 
 def test_vmap_over_budgets_and_weights():
@@ -231,6 +264,28 @@ def test_error_curve_is_the_error_of_each_budget():
         error = float(np.sum(weights * (clipped - np.asarray(v)) ** 2))
         assert float(curve[budget]) == pytest.approx(error, rel=1e-4, abs=1e-3)
     assert np.all(np.diff(np.diff(curve)) >= -1e-3 * curve[0])
+
+
+def test_a_method_and_an_encoding_of_ones_own(monkeypatch):
+    """Records under a new name serve weights and activations; nothing else has to know them."""
+
+    def first_signs(groups, budget, importance, encoding, bits, limit):
+        held = jnp.cumsum(groups != 0, axis=1)
+        return jnp.where(held <= budget, jnp.sign(groups), 0).astype(jnp.int32)
+
+    method = terms.ProjectionMethod(groups=first_signs, importance=False)
+    monkeypatch.setitem(terms.METHODS, "signs", method)
+    monkeypatch.setitem(terms.ENCODINGS, "unary", terms.EncodingRule(planes=lambda q: (q, q)))
+    options = {"group_size": 4, "axis": 0, "method": "signs", "encoding": "unary"}
+    v = terms.project([0.0, -7.0, 3.0, 9.0, 5.0], budget=2, **options)
+    assert v.tolist() == [0, -1, 1, 0, 1]
+    assert terms.limit_terms([5, -9], 1, method="signs").tolist() == [1, -1]
+    with pytest.raises(ValueError, match="signs takes no importance; use method='optimal'"):
+        terms.project([1.0], budget=1, importance=jnp.ones(1), **options)
+    only_naf = terms.ProjectionMethod(groups=first_signs, takes=lambda rule: rule.convex)
+    monkeypatch.setitem(terms.METHODS, "signs", only_naf)
+    with pytest.raises(ValueError, match="signs takes the encodings naf, not unary"):
+        terms.project([1.0], budget=1, **options)
 
 
 def test_empty_weights():

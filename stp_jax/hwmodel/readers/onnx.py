@@ -1,4 +1,4 @@
-"""Reads a network's layers from an ONNX file (operators Conv, Gemm, MatMul)."""
+"""Networks of ONNX files (operators Conv, Gemm, MatMul)."""
 
 from __future__ import annotations
 

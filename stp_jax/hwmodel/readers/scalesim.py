@@ -1,4 +1,4 @@
-"""SCALE-Sim's files: topologies as networks, configurations as arrays.
+"""Networks and arrays of SCALE-Sim's files: topologies and configurations.
 
 The formats are those of SCALE-Sim v2 and v3 (Samajdar et al., ISPASS 2020; its documentation).
 """

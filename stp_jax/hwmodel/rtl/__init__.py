@@ -1,7 +1,7 @@
 """Verilog of the group-PE array and its encoder: the judge of the accelerator model."""
 
 from stp_jax.hwmodel.rtl.images import Job as Job
-from stp_jax.hwmodel.rtl.images import pack_terms as pack_terms
+from stp_jax.hwmodel.rtl.images import wire_slots as wire_slots
 from stp_jax.hwmodel.rtl.images import write_images as write_images
 from stp_jax.hwmodel.rtl.simulate import JobResult as JobResult
 from stp_jax.hwmodel.rtl.simulate import icarus_available as icarus_available

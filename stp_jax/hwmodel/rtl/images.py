@@ -1,4 +1,4 @@
-"""Memory images for the RTL test bench: the packed term stream, weights and activations as hex.
+"""Memory images for the RTL test bench: term slots as on the wires, weights, activations, as hex.
 
 A job is one matrix product on the input-stationary array of Huang et al. (IEEE TCAD 42(1), 2023):
 weights [M, K] times activations [P, K], reduction K on the rows (``group_size`` a row), pixels P on
@@ -9,15 +9,16 @@ slots. Every file is plain ``$readmemh`` text, one word a line, and holds the jo
 ``jobs.hex``        eight 32-bit words a job: row folds, column folds, filters M, slots k,
                     pixels P, then the first word of the job in weights.hex, in
                     activations.hex and in the output buffer
-``terms.hex``       one term word a line, ordered [row fold][filter][row][slot]:
-                    {valid, sign, exponent (3 bits), index (ceil(log2 g) bits)}, valid on top;
+``wire_slots.hex``  one wire slot (`stp_jax.terms.slots`) a line, ordered
+                    [row fold][filter][row][slot]: {valid, sign, exponent, index}, valid on top;
                     a group's terms come largest exponent first, ties by index; 8 bits for g = 8
 ``weights.hex``     one group a line, ordered [row fold][filter][row]: g bytes in two's
                     complement, weight 0 lowest
 ``activations.hex`` one group a line, ordered [row fold][column fold][row][column]: g bytes
 =================== ============================================================================
 
-The output buffer holds the sums as 32-bit words ordered [pixel][filter].
+The test bench feeds the rows from `wire_slots.hex` as the edge would after it has decoded a stored
+stream. The output buffer holds the sums as 32-bit words ordered [pixel][filter].
 """
 
 from __future__ import annotations
@@ -29,26 +30,12 @@ import pathlib
 import numpy as np
 import numpy.typing as npt
 
-from stp_jax.terms import encode
+from stp_jax.terms import encode, slot_format
+from stp_jax.terms.groups import GroupLayout
 
+ENCODING = "naf"  # of the encoders at the edge, and so of the terms
 BITS = 8
-EXPONENT_BITS = 3
 _LARGEST = (1 << BITS) - 1  # the largest magnitude that `encode` takes with bits=8
-
-
-def index_bits(group_size: int) -> int:
-    """Bits that a term needs to name one of ``group_size`` activations."""
-    return (group_size - 1).bit_length()
-
-
-def term_bits(group_size: int) -> int:
-    """Bits of one packed term: valid, sign, exponent and index."""
-    return 2 + EXPONENT_BITS + index_bits(group_size)
-
-
-def folds(length: int, capacity: int) -> int:
-    """How many times an axis of the array has to be filled: ⌈length / capacity⌉."""
-    return -(-length // capacity)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,23 +84,23 @@ def _check_int8(name: str, values: npt.NDArray[np.integer]) -> None:
 def _naf_digits() -> npt.NDArray[np.int32]:
     """Digits [511, 9] of every value from -255 to 255."""
     values = np.arange(-_LARGEST, _LARGEST + 1, dtype=np.int32)
-    return np.asarray(encode(values, encoding="naf", bits=BITS))
+    return np.asarray(encode(values, encoding=ENCODING, bits=BITS))
 
 
-def pack_terms(groups: npt.NDArray[np.integer], slots: int) -> npt.NDArray[np.uint32]:
-    """Packs groups of weights into term words, largest exponent first, then lowest index.
+def wire_slots(groups: npt.NDArray[np.integer], slots: int) -> npt.NDArray[np.uint32]:
+    """Groups of weights as slots on the wires, largest exponent first, then lowest index.
 
     Args:
       groups: integers [..., g].
-      slots: words for each group; unused ones are zero, which is an empty slot.
+      slots: slots of each group; one without a term is zero, as its valid bit is.
 
     Returns:
-      uint32 words [..., slots], laid out as in the module's table.
+      uint32 [..., slots], laid out as in the module's table.
 
     Raises:
       ValueError: a value needs the term 2**8 or more, or a group has more terms than slots.
 
-    >>> [f"{word:08b}" for word in pack_terms(np.array([7, 0, 0, -8, 0, 0, 0, 0]), 4)]
+    >>> [f"{word:08b}" for word in wire_slots(np.array([7, 0, 0, -8, 0, 0, 0, 0]), 4)]
     ['10011000', '11011011', '11000000', '00000000']
     """
     groups = np.asarray(groups)
@@ -133,8 +120,9 @@ def pack_terms(groups: npt.NDArray[np.integer], slots: int) -> npt.NDArray[np.ui
     order = np.argsort(by_position == 0, axis=-1, kind="stable")[..., :slots]
     digit = np.take_along_axis(by_position, order, axis=-1)
     exponent, index = BITS - 1 - order // group_size, order % group_size
-    shift = index_bits(group_size)
-    words = (((2 + (digit < 0)) << EXPONENT_BITS | exponent) << shift) | index
+    form = slot_format(group_size, slots, BITS)
+    valid_and_sign = 2 + (digit < 0)
+    words = ((valid_and_sign << form.exponent_bits | exponent) << form.index_bits) | index
     words = np.where(digit == 0, 0, words).astype(np.uint32)
     padding = [(0, 0)] * (groups.ndim - 1) + [(0, slots - words.shape[-1])]
     return np.pad(words, padding)
@@ -142,10 +130,8 @@ def pack_terms(groups: npt.NDArray[np.integer], slots: int) -> npt.NDArray[np.ui
 
 def _tile(matrix: npt.NDArray[np.integer], rows: int, group_size: int) -> npt.NDArray[np.integer]:
     """Splits [N, K] along K: [row fold, row, N, g], the ragged end padded with zeros."""
-    length = rows * group_size
-    count = folds(matrix.shape[1], length)
-    padded = np.pad(matrix, [(0, 0), (0, count * length - matrix.shape[1])])
-    return padded.reshape(matrix.shape[0], count, rows, group_size).transpose(1, 2, 0, 3)
+    by_fold = GroupLayout(rows * group_size, axes=(1,)).split(matrix)
+    return GroupLayout(group_size, axes=(2,)).split(by_fold).transpose(1, 2, 0, 3)
 
 
 def weight_groups(job: Job, *, rows: int, group_size: int) -> npt.NDArray[np.integer]:
@@ -158,10 +144,7 @@ def activation_groups(
 ) -> npt.NDArray[np.integer]:
     """The job's resident activations by fold: [row fold, column fold, rows, cols, g]."""
     tiled = _tile(job.activations, rows, group_size)
-    column_folds = folds(tiled.shape[2], cols)
-    tiled = np.pad(tiled, [(0, 0), (0, 0), (0, column_folds * cols - tiled.shape[2]), (0, 0)])
-    shape = (*tiled.shape[:2], column_folds, cols, group_size)
-    return tiled.reshape(shape).transpose(0, 2, 1, 3, 4)
+    return GroupLayout(cols, axes=(2,)).split(tiled).transpose(0, 2, 1, 3, 4)
 
 
 def _byte_lines(groups: npt.NDArray[np.integer]) -> list[str]:
@@ -207,17 +190,18 @@ def write_images(
       rows: R, rows of the array.
       cols: C, columns of the array.
       group_size: g, activations resident in a PE.
-      encode_at_edge: False writes ``terms.hex``, True ``weights.hex`` for the encoders at the edge.
+      encode_at_edge: False writes ``wire_slots.hex``, True ``weights.hex`` for the encoders at the
+        edge.
 
     Returns:
       The number of words in each image and in the output buffer, under the names of the test
       bench's parameters.
 
     Raises:
-      ValueError: as `pack_terms` and `write_weights` do.
+      ValueError: as `wire_slots` and `write_weights` do.
     """
     headers: list[int] = []
-    terms: list[str] = []
+    slots: list[str] = []
     weights: list[str] = []
     activations: list[str] = []
     group_base = output_base = 0
@@ -227,24 +211,24 @@ def write_images(
         filters, pixels = job.weights.shape[0], job.activations.shape[0]
         headers += [*resident.shape[:2], filters, job.budget, pixels]
         headers += [group_base, len(activations), output_base]
-        words = pack_terms(by_fold, job.budget)  # also what refuses a group over its budget
+        words = wire_slots(by_fold, job.budget)  # also what refuses a group over its budget
         if encode_at_edge:
             _check_int8("stored weights", by_fold)
             weights += _byte_lines(by_fold)
         else:
-            terms += _word_lines(words, term_bits(group_size))
+            slots += _word_lines(words, slot_format(group_size, job.budget, BITS).wire_bits)
         activations += _byte_lines(resident)
         group_base += by_fold[..., 0].size
         output_base += filters * pixels
     _write(directory / "jobs.hex", _word_lines(np.array(headers, np.uint32), 32))
     _write(directory / "activations.hex", activations)
     _write(
-        directory / ("weights.hex" if encode_at_edge else "terms.hex"),
-        weights if encode_at_edge else terms,
+        directory / ("weights.hex" if encode_at_edge else "wire_slots.hex"),
+        weights if encode_at_edge else slots,
     )
     return {
         "JOBS": len(jobs),
-        "TERM_WORDS": max(len(terms), 1),
+        "SLOT_WORDS": max(len(slots), 1),
         "WEIGHT_WORDS": max(len(weights), 1),
         "ACTIVATION_WORDS": len(activations),
         "OUTPUT_WORDS": output_base,

@@ -39,6 +39,8 @@ import numpy.typing as npt
 
 from stp_jax.hwmodel.rtl import images
 from stp_jax.hwmodel.rtl.images import Job
+from stp_jax.terms import slot_format
+from stp_jax.terms.groups import group_count
 
 SOURCES = pathlib.Path(__file__).parent
 
@@ -122,7 +124,7 @@ def simulate_weight_edge(groups: npt.NDArray[np.integer], *, slots: int) -> npt.
       slots: k, slots for each group.
 
     Returns:
-      uint32 term words [N, slots], one for each cycle; bits below valid mean nothing in empty
+      uint32 wire slots [N, slots], one for each cycle; bits below valid mean nothing in empty
       slots and are cleared here.
 
     Raises:
@@ -137,10 +139,11 @@ def simulate_weight_edge(groups: npt.NDArray[np.integer], *, slots: int) -> npt.
     with tempfile.TemporaryDirectory() as name:
         directory = pathlib.Path(name)
         images.write_weights(directory / "weights.hex", groups)
-        parameters = {"GROUP": group_size, "SLOTS": slots, "GROUPS": count}
+        bits = slot_format(group_size, slots, images.BITS).wire_bits
+        parameters = {"GROUP": group_size, "SLOTS": slots, "GROUPS": count, "SLOT_BITS": bits}
         lines = _run_bench("tb_weight_edge", parameters, directory)
     words = np.array([int(line, 16) for line in lines], np.uint32).reshape(count, slots)
-    valid = words >> np.uint32(images.term_bits(group_size) - 1) == 1
+    valid = words >> np.uint32(bits - 1) == 1
     return np.where(valid, words, np.uint32(0))
 
 
@@ -154,7 +157,7 @@ def simulate_array(
       rows: R, at least 1.
       cols: C, at least 1.
       group_size: g, activations resident in a PE, at least 2.
-      encode_at_edge: False streams terms packed in memory; True stores weights as int8 and encodes
+      encode_at_edge: False streams term slots; True stores weights as int8 and encodes
         them at the array's edge.
 
     Returns:
@@ -185,6 +188,7 @@ def simulate_array(
             "COLUMNS": cols,
             "GROUP": group_size,
             "ENCODE": int(encode_at_edge),
+            "SLOT_BITS": slot_format(group_size, jobs[0].budget, images.BITS).wire_bits,
         }
         parameters["MAX_CYCLES"] = sum(_hang_limit(job, rows, cols, group_size) for job in jobs)
         _run_bench("tb_gpe_array", parameters, directory)
@@ -208,7 +212,7 @@ def simulate_array(
 def _hang_limit(job: Job, rows: int, cols: int, group_size: int) -> int:
     """Far more cycles than any schedule could need: reaching it means that the RTL hangs."""
     (filters, reduction), pixels = job.weights.shape, job.activations.shape[0]
-    fold_count = images.folds(reduction, rows * group_size) * images.folds(pixels, cols)
+    fold_count = group_count(reduction, rows * group_size) * group_count(pixels, cols)
     return 4 * fold_count * (rows + cols + filters + 1) * (job.budget + 1)
 
 

@@ -12,9 +12,9 @@ module tb_gpe_array;
     parameter ROWS = 2;
     parameter COLUMNS = 2;
     parameter GROUP = 8;
-    parameter ENCODE = 0;        // 1: rows read weights.hex through weight_edge; 0: terms.hex
+    parameter ENCODE = 0;        // 1: rows read weights.hex through weight_edge; 0: wire_slots.hex
     parameter JOBS = 1;
-    parameter TERM_WORDS = 1;
+    parameter SLOT_WORDS = 1;
     parameter WEIGHT_WORDS = 1;
     parameter ACTIVATION_WORDS = 1;
     parameter OUTPUT_WORDS = 1;
@@ -23,11 +23,11 @@ module tb_gpe_array;
     localparam PSUM = 32;
     localparam INDEX = $clog2(GROUP);
     localparam EXPONENT = $clog2(WIDTH);
-    localparam TERM = 2 + EXPONENT + INDEX;
+    parameter SLOT_BITS = 2 + EXPONENT + INDEX;  // a slot on the wires, as the images have it
     localparam RESIDENT = GROUP * WIDTH;
 
     reg [31:0]         job_words [0:8*JOBS-1];
-    reg [TERM-1:0]     term_words [0:TERM_WORDS-1];
+    reg [SLOT_BITS-1:0] slot_words [0:SLOT_WORDS-1];
     reg [RESIDENT-1:0] weight_words [0:WEIGHT_WORDS-1];
     reg [RESIDENT-1:0] activation_words [0:ACTIVATION_WORDS-1];
     reg [PSUM-1:0]     outputs [0:OUTPUT_WORDS-1];
@@ -97,10 +97,10 @@ module tb_gpe_array;
                 );
                 assign valid_in[r] = valid & shown;
             end else begin : packed_terms
-                reg [TERM-1:0] term = 0;
-                always @(posedge clock) term <= term_words[term_base + group * slots + slot_r];
-                assign valid_in[r] = term[TERM-1] & shown;
-                assign sign_in[r] = term[TERM-2];
+                reg [SLOT_BITS-1:0] term = 0;
+                always @(posedge clock) term <= slot_words[term_base + group * slots + slot_r];
+                assign valid_in[r] = term[SLOT_BITS-1] & shown;
+                assign sign_in[r] = term[SLOT_BITS-2];
                 assign exponent_in[r*EXPONENT +: EXPONENT] = term[INDEX +: EXPONENT];
                 assign index_in[r*INDEX +: INDEX] = term[0 +: INDEX];
             end
@@ -217,9 +217,10 @@ module tb_gpe_array;
     always #1 clock = ~clock;
 
     initial begin
+        if (SLOT_BITS != 2 + EXPONENT + INDEX) $display("FAIL: SLOT_BITS is %0d", SLOT_BITS);
         $readmemh("jobs.hex", job_words);
         if (ENCODE) $readmemh("weights.hex", weight_words);
-        else $readmemh("terms.hex", term_words);
+        else $readmemh("wire_slots.hex", slot_words);
         $readmemh("activations.hex", activation_words);
         results = $fopen("results.txt", "w");
         repeat (ROWS + COLUMNS + 2) @(negedge clock);  // the reset passes through the array

@@ -1,5 +1,5 @@
-// Test bench: streams the groups of weights.hex back to back, SLOTS slots each, and prints one term
-// word {valid, sign, exponent, index} a cycle, in hexadecimal.
+// Test bench: streams the groups of weights.hex back to back, SLOTS slots each, and prints one wire
+// slot {valid, sign, exponent, index} a cycle, in hexadecimal.
 module tb_weight_edge;
     parameter GROUP = 8;
     parameter WIDTH = 8;
@@ -7,6 +7,7 @@ module tb_weight_edge;
     parameter GROUPS = 1;
     localparam INDEX = $clog2(GROUP);
     localparam EXPONENT = $clog2(WIDTH);
+    parameter SLOT_BITS = 2 + EXPONENT + INDEX;  // a slot on the wires, as the images have it
 
     reg clock = 0;
     reg load = 0;
@@ -15,7 +16,7 @@ module tb_weight_edge;
     wire valid, sign;
     wire [EXPONENT-1:0] exponent;
     wire [INDEX-1:0] index;
-    wire [2+EXPONENT+INDEX-1:0] word = {valid, sign, exponent, index};
+    wire [SLOT_BITS-1:0] word = {valid, sign, exponent, index};
     integer cycle;
 
     weight_edge #(.GROUP(GROUP), .WIDTH(WIDTH)) edge_of_row (
@@ -24,6 +25,7 @@ module tb_weight_edge;
     );
 
     initial begin
+        if (SLOT_BITS != 2 + EXPONENT + INDEX) $display("FAIL: SLOT_BITS is %0d", SLOT_BITS);
         $readmemh("weights.hex", memory);
         for (cycle = 0; cycle <= GROUPS * SLOTS; cycle = cycle + 1) begin
             load = cycle % SLOTS == 0 && cycle < GROUPS * SLOTS;

@@ -1,4 +1,4 @@
-"""Budgets by layer: what a term costs, and what a total buys."""
+"""Costs of models on the accelerator, and the budgets that a total of them buys."""
 
 import jax
 import jax.numpy as jnp
@@ -35,22 +35,22 @@ def test_costs_are_shares_of_one_term_per_weight():
     assert costs == pytest.approx({path: n / weights for path, n in groups.items()})
     # 8 terms in every group of 8 are one term per weight, whatever is counted.
     for per in ("terms", "cycles", "energy", "balanced"):
-        costs = stp_jax.term_costs(model, per=per, example=IMAGE)
+        costs = stp_jax.term_costs(model, IMAGE, per=per)
         assert sum(8 * cost for cost in costs.values()) == pytest.approx(1.0)
 
 
 def test_energy_counts_each_use_and_cycles_are_the_arrays():
     model = build()
-    energy = stp_jax.term_costs(model, per="energy", example=IMAGE)
+    energy = stp_jax.term_costs(model, IMAGE, per="energy")
     assert energy["conv"] / energy["fc"] == pytest.approx(9 * 2 * 16 * 64 / (2 * 64))
     array = hwmodel.Array(rows=4, cols=4, pe=hwmodel.GroupPE(group_size=8, grouping="channels"))
     network = hwmodel.trace(model, IMAGE)
     more, less = (hwmodel.evaluate(network, array, budgets=k).cycles for k in (6, 5))
-    cycles = stp_jax.term_costs(model, per="cycles", example=IMAGE, array=array)
+    cycles = stp_jax.term_costs(model, IMAGE, per="cycles", array=array)
     assert cycles["conv"] / cycles["fc"] == pytest.approx(
         (more - less)[network.names.index("conv")] / (more - less)[network.names.index("fc")]
     )
-    both = stp_jax.term_costs(model, per="balanced", example=IMAGE)
+    both = stp_jax.term_costs(model, IMAGE, per="balanced")
     terms = stp_jax.term_costs(model)
     assert both["fc"] == pytest.approx((energy["fc"] + terms["fc"]) / 2)
 
@@ -60,8 +60,8 @@ def test_allocation_keeps_to_its_total_and_beats_uniform_budgets():
     weight = {"conv": jnp.full((3, 3, 16, 16), 5.0), "fc": jnp.ones((16, 64))}
     curves = stp_jax.error_curves(model, importance=weight)
     for per in ("terms", "energy"):
-        budgets = stp_jax.allocate(model, 0.75, per=per, importance=weight, example=IMAGE)
-        costs = stp_jax.term_costs(model, per=per, example=IMAGE)
+        costs = stp_jax.term_costs(model, IMAGE, per=per)
+        budgets = stp_jax.allocate(model, 0.75, costs=costs, importance=weight)
         assert sum(costs[path] * k for path, k in budgets.items()) <= 0.75 * (1 + 1e-9)
         error = sum(curves[path][k] for path, k in budgets.items())
         assert error <= sum(curve[6] for curve in curves.values())
@@ -70,9 +70,11 @@ def test_allocation_keeps_to_its_total_and_beats_uniform_budgets():
 def test_bad_requests_are_refused():
     model = build()
     with pytest.raises(ValueError, match="per must be one of terms, cycles, energy, balanced"):
-        stp_jax.allocate(model, 1.0, per="watts")
+        stp_jax.term_costs(model, per="watts")
     with pytest.raises(ValueError, match="'energy' needs an example input"):
-        stp_jax.allocate(model, 1.0, per="energy")
+        stp_jax.term_costs(model, per="energy")
+    with pytest.raises(ValueError, match="costs name no quantized layer: head"):
+        stp_jax.allocate(model, 1.0, costs={"head": 1.0})
     with pytest.raises(ValueError, match="importance lacks the layers fc"):
         stp_jax.allocate(model, 1.0, importance={"conv": jnp.ones((3, 3, 16, 16))})
 
@@ -105,3 +107,31 @@ def test_relaxed_budgets_train_and_become_whole_again():
     assert isinstance(model.fc.promote_dtype.budget, stp_jax.Budget)
     with pytest.raises(ValueError, match="no relaxed budget"):
         stp_jax.relaxed_budgets(model)
+
+
+def test_a_model_s_cost_is_that_of_its_integers_in_its_own_groups():
+    model = nnx.Sequential(nnx.Conv(12, 8, (3, 3), rngs=nnx.Rngs(0)))
+    model = stp_jax.quantize(model, Policy([Rule(path=".*", budget=5, activations="none")]))
+    x = jnp.zeros((1, 6, 6, 12))  # twelve channels: a ragged group at every window position
+    cost = stp_jax.evaluate_model(model, x, rows=4, cols=4)
+    pe = hwmodel.GroupPE(group_size=8, grouping="channels")
+    by_hand = hwmodel.evaluate(
+        hwmodel.trace(model, x),
+        hwmodel.Array(rows=4, cols=4, pe=pe),
+        budgets={"layers.0": 5},
+        weights=stp_jax.integer_weights(model),
+    )
+    assert cost.report.total_cycles == by_hand.total_cycles
+    assert cost.report.total_energy_pj == pytest.approx(by_hand.total_energy_pj)
+    assert cost.saving == pytest.approx(hwmodel.computational_saving(cost.baseline, by_hand))
+    assert cost.saving_with_encoder < cost.saving
+
+
+def test_one_array_runs_one_kind_of_group():
+    rules = [Rule(path="conv", budget=4, group_size=4), Rule(path="fc", budget=8)]
+    model = stp_jax.quantize(Net(nnx.Rngs(0)), Policy(rules))
+    with pytest.raises(ValueError, match=r"groups of 4 naf .*'conv'.*groups of 8 naf .*'fc'"):
+        stp_jax.evaluate_model(model, IMAGE)
+    int8 = stp_jax.quantize(Net(nnx.Rngs(0)), Policy([Rule(path=".*")]))
+    with pytest.raises(ValueError, match="no layer of the model has a budget"):
+        stp_jax.group_pe(int8)

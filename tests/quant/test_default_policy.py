@@ -35,7 +35,7 @@ def budgeted(model, policy):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_rule_decides_a_layer_of_every_model(name):
     model = abstract(name, **({"in_features": 64} if name == "mlp" else {}))
-    policy = models.default_policy(model, budget=6)
+    policy = stp_jax.default_policy(model, budget=6)
     policy.check(stp_jax.kernel_paths(model))
     assert [rule.budget for rule in policy.rules] == [None, 6]
 
@@ -44,13 +44,13 @@ def test_every_rule_decides_a_layer_of_every_model(name):
 def test_the_layers_that_were_meant_keep_all_terms(name):
     options, spared = CASES[name]
     model = abstract(name, **options)
-    policy = models.default_policy(model, budget=6)
+    policy = stp_jax.default_policy(model, budget=6)
     assert set(stp_jax.kernel_paths(model)) - budgeted(model, policy) == spared
 
 
 def test_small_heads_have_their_last_layer_elsewhere():
     model = abstract("vgg16_bn", head="small")
-    assert models.default_policy(model, budget=6).find("classifier.0").budget is None
+    assert stp_jax.default_policy(model, budget=6).find("classifier.0").budget is None
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_depthwise_convolutions_keep_all_terms(name, convolutions):
     network = hwmodel.trace(model, jnp.zeros((1, 64, 64, 3)))
     depthwise = {layer.name for layer in network if layer.groups > 1}
     spared = set(stp_jax.kernel_paths(model)) - budgeted(
-        model, models.default_policy(model, budget=6)
+        model, stp_jax.default_policy(model, budget=6)
     )
     assert len(depthwise) == convolutions
     assert depthwise == {path for path in spared if path in depthwise}
@@ -73,20 +73,25 @@ def test_depthwise_convolutions_keep_all_terms(name, convolutions):
 
 def test_the_format_reaches_both_rules():
     options = {"group_size": 4, "encoding": "hese", "method": "greedy", "activation_bits": 6}
-    policy = models.default_policy(abstract("resnet20"), budget=3, **options)
+    policy = stp_jax.default_policy(abstract("resnet20"), budget=3, **options)
     for rule in policy.rules:
         assert {key: getattr(rule, key) for key in options} == options
 
 
 def test_other_layers_can_be_spared():
-    policy = models.default_policy(abstract("resnet20"), budget=6, all_terms="layer1\\..*")
+    policy = stp_jax.default_policy(abstract("resnet20"), budget=6, exempt="layer1\\..*")
     assert policy.find("conv1").budget == 6
     assert policy.find("layer1.0.conv1").budget is None
 
 
-def test_a_model_of_one_s_own_needs_a_policy_of_its_own():
-    with pytest.raises(ValueError, match="no default policy for Linear, only for ResNet"):
-        models.default_policy(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), budget=6)
+def test_a_model_of_one_s_own_names_its_exempt_layers():
+    class Net(nnx.Module):
+        exempt_layers = ("head",)
+
+    rules = stp_jax.default_policy(Net(), budget=6).rules
+    assert [(rule.path, rule.budget) for rule in rules] == [("head", None), (".*", 6)]
+    with pytest.raises(ValueError, match="Linear does not say which layers are exempt"):
+        stp_jax.default_policy(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), budget=6)
 
 
 def test_options_are_those_of_the_constructor():

@@ -99,3 +99,27 @@ def test_a_broken_file_is_a_value_error(tmp_path):
         hwmodel.read_onnx(path)
     with pytest.raises(FileNotFoundError):
         hwmodel.read_onnx(tmp_path / "none.onnx")
+
+
+def test_onnx_graphs_become_networks(tmp_path):
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["y"], "conv", strides=[2, 2], pads=[1, 1, 1, 1]),
+        helper.make_node("GlobalAveragePool", ["y"], ["p"]),
+        helper.make_node("Flatten", ["p"], ["f"]),
+        helper.make_node("Gemm", ["f", "g"], ["z"], "fc", transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "net",
+        [helper.make_tensor_value_info("x", FLOAT, [2, 3, 16, 16])],
+        [helper.make_tensor_value_info("z", FLOAT, [2, 10])],
+        [
+            helper.make_tensor("w", FLOAT, [8, 3, 3, 3], np.zeros(216)),
+            helper.make_tensor("g", FLOAT, [10, 8], np.zeros(80)),
+        ],
+    )
+    path = tmp_path / "net.onnx"
+    onnx.save(helper.make_model(graph), str(path))
+    network = hwmodel.read_onnx(path)
+    extents = [(layer.name, layer.K, layer.P, layer.M) for layer in network]
+    assert extents == [("conv", 27, 2 * 64, 8), ("fc", 8, 2, 10)]

@@ -1,0 +1,195 @@
+"""Cost of STP models on the accelerator: where models and `stp_jax.hwmodel` meet.
+
+A model knows in which groups it was trained; the array that runs it must cut its weights alike.
+These functions take that from the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+import stp_jax.hwmodel as hw
+from stp_jax.hwmodel.readers.observe import ROOT
+from stp_jax.quant.allocation import normalized_costs, storage_costs
+from stp_jax.quant.budgets import budgets
+from stp_jax.quant.calibration import integer_weights
+from stp_jax.quant.layers import quantized_layers
+
+# Terms to store, cycles or energy of the array, or the mean of terms and energy.
+Resource = Literal["terms", "cycles", "energy", "balanced"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelCost:
+    """A model on an array of group PEs, and in int8 on an array of bit-parallel PEs."""
+
+    network: hw.Network
+    baseline: hw.Report  # int8, bit-parallel
+    report: hw.Report  # the model's integers at its budgets, on group PEs
+
+    @property
+    def saving(self) -> float:
+        """The computational energy saving, `hwmodel.computational_saving`."""
+        return float(hw.computational_saving(self.baseline, self.report))
+
+    @property
+    def saving_with_encoder(self) -> float:
+        """The same with the energy of the encoders."""
+        return float(hw.computational_saving(self.baseline, self.report, encoder=True))
+
+
+def group_pe(model: Any, *, packed: bool = False) -> hw.GroupPE:
+    """The group PE that cuts weights into the groups in which a model was trained.
+
+    Args:
+      model: an STP model; a Linen one with its variables.
+      packed: whether terms are stored in place of integers; see `hwmodel.GroupPE`.
+
+    Raises:
+      ValueError: the model has no budgets, or layers with different groups, encodings or widths.
+    """
+    rules = {q.path: q.rule for q in quantized_layers(model).values() if q.rule.budget is not None}
+    formats = {(rule.group_size, rule.encoding, rule.bits): path for path, rule in rules.items()}
+    if not formats:
+        raise ValueError("no layer of the model has a budget; give its rule one")
+    if len(formats) > 1:
+        described = "; ".join(
+            f"groups of {size} {encoding} values of {bits} bits (layer {path!r})"
+            for (size, encoding, bits), path in formats.items()
+        )
+        raise ValueError(f"one array runs one kind of group, the model has {described}")
+    ((group_size, encoding, bits),) = formats
+    # `quantize` groups along the input channels of one window position.
+    return hw.GroupPE(
+        group_size=group_size, encoding=encoding, bits=bits, grouping="channels", packed=packed
+    )
+
+
+def evaluate_model(
+    model: Any,
+    *inputs: Any,
+    rows: int = 32,
+    cols: int = 32,
+    packed: bool = False,
+    technology: hw.Technology = hw.HOROWITZ_45NM,
+    name: str | None = None,
+    **kwargs: Any,
+) -> ModelCost:
+    """Cycles, traffic and energy of an STP model, beside those of int8 on an array of equal size.
+
+    Layers are traced from the model, terms are counted in its integer weights. For other arrays and
+    other PEs, see `hwmodel.evaluate`.
+
+    Args:
+      model: an STP model; a Linen one with its variables.
+      *inputs: of the model, of which only shape and dtype are used.
+      rows: R of both arrays, which are input-stationary.
+      cols: C.
+      packed: whether terms are stored in place of integers; see `hwmodel.GroupPE`.
+      technology: energies.
+      name: of the network, by default the model's class.
+      **kwargs: keyword arguments of the model's call, such as ``train=False``.
+
+    Raises:
+      ValueError: as by `group_pe`, `hwmodel.trace` and `hwmodel.evaluate`.
+
+    >>> import jax.numpy as jnp, stp_jax
+    >>> from flax import nnx
+    >>> model = nnx.Linear(64, 32, rngs=nnx.Rngs(0))
+    >>> model = stp_jax.quantize(model, stp_jax.Policy([stp_jax.Rule(path=".*", budget=4)]))
+    >>> cost = stp_jax.evaluate_model(model, jnp.ones((1, 64)))
+    >>> print(cost.baseline.total_cycles, cost.report.total_cycles, round(cost.saving, 2))
+    252 222 4.84
+    """
+    network = hw.trace(model, *inputs, name=name, **kwargs)
+    used = {_path(name) for name in network.names}
+    ours = hw.Array(rows=rows, cols=cols, pe=group_pe(model, packed=packed))
+    return ModelCost(
+        network=network,
+        baseline=hw.evaluate(network, hw.Array(rows=rows, cols=cols), technology=technology),
+        report=hw.evaluate(
+            network,
+            ours,
+            budgets=_by_name(budgets(model), used),
+            weights=_by_name(integer_weights(model), used),
+            technology=technology,
+        ),
+    )
+
+
+def _path(name: str) -> str:
+    """The path of a traced layer: one that is used again is called ``path@2``."""
+    path = name.partition("@")[0]
+    return "" if path == ROOT else path
+
+
+def _by_name(values: Mapping[str, Any], used: set[str]) -> dict[str, Any]:
+    """Values of the layers that are used, by their names in a traced network."""
+    return {path or ROOT: value for path, value in values.items() if path in used}
+
+
+def term_costs(
+    model: Any,
+    *inputs: Any,
+    per: Resource = "terms",
+    array: hw.Array | None = None,
+    **kwargs: Any,
+) -> dict[str, float]:
+    """Cost of one more term per group in each layer that has a budget rule.
+
+    In units of what one term in every weight of these layers costs, so that budgets of a total
+    cost t take as much as t terms per weight everywhere. For cycles and energy, the accelerator
+    model says what a second term in every group costs.
+
+    Args:
+      model: an STP model; a Linen one with its variables.
+      *inputs: of the model, of which only shape and dtype are used; needed for all but ``terms``.
+      per: ``terms`` (each weight counts once), ``cycles`` or ``energy`` of the array (each use
+        counts), or ``balanced``, the mean of terms and energy.
+      array: of group PEs; by default 32×32, with the groups of the model.
+      **kwargs: keyword arguments of the model's call.
+
+    Returns:
+      Layer path → cost per term, without unit, for `stp_jax.allocate`.
+
+    Raises:
+      ValueError: per is none of these, inputs are missing where they are needed, or layers are
+        stacked or not used.
+    """
+    if per not in get_args(Resource):
+        raise ValueError(f"per must be one of {', '.join(get_args(Resource))}, got {per!r}")
+    stored = storage_costs(model)
+    if per == "terms":
+        return stored
+    if not inputs:
+        raise ValueError(f"per={per!r} needs an example input, whose shape gives the layers' sizes")
+    array = array or hw.Array(rows=32, cols=32, pe=group_pe(model))
+    network = hw.trace(model, *inputs, **kwargs)
+    resource: Literal["cycles", "energy"] = "cycles" if per == "cycles" else "energy"
+    on_array = normalized_costs(model, _array_costs(network, list(stored), array, resource))
+    if per == "balanced":
+        return {path: (stored[path] + on_array[path]) / 2 for path in stored}
+    return on_array
+
+
+def _array_costs(
+    network: hw.Network, paths: list[str], array: hw.Array, resource: Literal["cycles", "energy"]
+) -> dict[str, float]:
+    def of_budget(budget: int) -> np.ndarray:
+        report = hw.evaluate(network, array, budgets=budget)
+        return np.asarray(report.cycles if resource == "cycles" else report.energy_pj["array"])
+
+    costs = dict.fromkeys(paths, 0.0)
+    # The second term, since an array needs a cycle for a group without any as well.
+    for name, more in zip(network.names, of_budget(2) - of_budget(1), strict=True):
+        path = _path(name)
+        if path in costs:
+            costs[path] += float(more)
+    unused = [path for path, cost in costs.items() if not cost]
+    if unused:
+        raise ValueError(f"the model does not use layer {unused[0]!r} on this example")
+    return costs

@@ -1,0 +1,122 @@
+"""Scales of a model's inputs and weights, its projected parameters and integer weights."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from stp_jax import hooks
+from stp_jax.quant.layers import check_paths, find_layers, quantized_layers
+from stp_jax.quant.nnx import set_calibrating
+
+
+def call_model(model: Any, batch: Any) -> Any:
+    """The model's output for a batch that is its only argument."""
+    return model(batch)
+
+
+def check_batches(batches: object) -> None:
+    """Raises TypeError if batches is one array, whose examples would pass for batches."""
+    if isinstance(batches, np.ndarray | jax.Array):
+        raise TypeError(f"batches must be a list of batches; give [x] for one of {batches.shape}")
+
+
+@functools.singledispatch
+def observe_inputs(model: Any, batches: Iterable[Any], call: Callable) -> int:
+    """Sets the input scales of a model, in place; the number of batches."""
+    find_layers(model)  # which says what a model is
+    raise AssertionError
+
+
+@observe_inputs.register(nnx.Module)
+def _observe_nnx(model: nnx.Module, batches: Iterable[Any], call: Callable) -> int:
+    @nnx.jit
+    def observe(model: nnx.Module, batch: Any) -> None:
+        call(model, batch)
+
+    count = 0
+    set_calibrating(model, True)
+    try:
+        for batch in batches:
+            observe(model, batch)
+            count += 1
+    finally:
+        set_calibrating(model, False)
+    return count
+
+
+def calibrate(
+    model: Any,
+    batches: Iterable[Any],
+    *,
+    call: Callable[[Any, Any], Any] = call_model,
+) -> None:
+    """Sets the scale of every layer's input from example batches, in place.
+
+    Each scale is the one of least squared error on its batch, the largest over the batches (and
+    over the steps of a scan). The model runs as it stands (call ``model.eval()`` of an NNX model
+    first) with its kernels quantized and its inputs float. Layers whose inputs stay float or have
+    dynamic scales are left alone.
+
+    Args:
+      model: an STP model; a Linen one with its variables.
+      batches: inputs, each given to the model as its only argument.
+      call: how to call the model on a batch otherwise, as ``lambda model, batch: model(*batch)``.
+
+    Raises:
+      ValueError: there is no batch.
+      TypeError: batches is an array.
+    """
+    check_batches(batches)
+    quantized_layers(model)
+    if not observe_inputs(model, batches, call):
+        raise ValueError("calibration needs at least one batch of inputs")
+
+
+def search_weight_scales(model: Any, *, importance: Mapping[str, jax.Array] | None = None) -> None:
+    """Sets every stored kernel scale to the best one at the layer's present budget, in place.
+
+    Args:
+      model: an STP model; a Linen one with its variables.
+      importance: weights of the squared errors by layer path, of the kernel's shape (see
+        `stp_jax.squared_gradients`); ones where there are none.
+
+    Raises:
+      ValueError: a path is not a quantized layer.
+    """
+    layers, importance = quantized_layers(model), importance or {}
+    check_paths(importance, layers)
+    for path, layer in layers.items():
+        layer.search_scale(importance.get(path))
+
+
+def project_params(model: Any, values: Mapping[str, jax.typing.ArrayLike] | None = None) -> Any:
+    """The model's parameters with every quantized kernel on its few-term values.
+
+    Args:
+      model: an STP model, a Linen one with its variables; it may be traced. It is not changed.
+      values: terms per group by layer path, in place of the model's own budgets; may be traced.
+
+    Returns:
+      The `nnx.Param` state, or Linen's ``params``: targets for `stp_jax.terms.guide`, or new values
+      for the model.
+
+    Raises:
+      ValueError: a path is not a quantized layer, or a budget is out of its range.
+    """
+    model = hooks.copy_model(model)
+    layers, values = quantized_layers(model), values or {}
+    check_paths(values, layers)
+    for path, layer in layers.items():
+        layer.kernel = layer.projected(values.get(path))
+    return hooks.trainable(model)[0]
+
+
+def integer_weights(model: Any) -> dict[str, np.ndarray]:
+    """The integers of every quantized kernel at the present budgets: int32 by layer path."""
+    return {path: np.asarray(q.integers()) for path, q in quantized_layers(model).items()}

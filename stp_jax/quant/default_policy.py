@@ -1,0 +1,77 @@
+"""The default policy of a model: group budgets for all layers but those that it exempts.
+
+A model names the layers that are to keep every term of int8 in its attribute ``exempt_layers``,
+regular expressions of their paths. What is common to all: biases, normalisation and products of two
+activations (attention) hold no weights to prune and stay float.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stp_jax.quant.policy import Policy, Rule
+from stp_jax.terms import Encoding, Method
+
+
+def _exempt_pattern(model: Any) -> str:
+    """One regular expression for the layers that a model exempts from pruning."""
+    patterns = getattr(model, "exempt_layers", None)
+    if patterns is None:
+        raise ValueError(
+            f"{type(model).__name__} does not say which layers are exempt from pruning: give it "
+            "the attribute exempt_layers, regular expressions of their paths, or pass exempt=…, or "
+            "write a stp_jax.Policy of rules"
+        )
+    return "|".join(patterns)
+
+
+def default_policy(
+    model: Any,
+    *,
+    budget: int,
+    group_size: int = 8,
+    encoding: Encoding = "naf",
+    method: Method = "optimal",
+    activation_bits: int = 8,
+    exempt: str | None = None,
+) -> Policy:
+    """Group budgets for a model's layers, except layers exempt from pruning.
+
+    Args:
+      model: a float model with the attribute ``exempt_layers``, as all of `stp_jax.models`; it may
+        be abstract.
+      budget: terms per group of the layers that get one.
+      group_size: weights that share a budget.
+      encoding: how terms are counted.
+      method: how groups are projected.
+      activation_bits: width of the integer activations, whose scales are learned.
+      exempt: regular expression of the layers that keep every term, in place of the model's own.
+
+    Returns:
+      Two rules: exempt layers in int8, every other one with the budget.
+
+    Raises:
+      ValueError: an argument is out of range, or the model has no ``exempt_layers`` and ``exempt``
+        is not given.
+
+    >>> import stp_jax
+    >>> from flax import nnx
+    >>> from stp_jax import models
+    >>> model = models.create("mlp", num_classes=3, rngs=nnx.Rngs(0), in_features=4, hidden=(8,))
+    >>> [(rule.path, rule.budget) for rule in stp_jax.default_policy(model, budget=6).rules]
+    [('layers\\\\.2', None), ('.*', 6)]
+    """
+
+    def rule(path: str, budget: int | None) -> Rule:
+        return Rule(
+            path=path,
+            budget=budget,
+            group_size=group_size,
+            encoding=encoding,
+            method=method,
+            activation_bits=activation_bits,
+        )
+
+    return Policy(
+        [rule(_exempt_pattern(model) if exempt is None else exempt, None), rule(".*", budget)]
+    )

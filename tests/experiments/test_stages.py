@@ -1,0 +1,86 @@
+"""Stages: their order is data, and a stage of one's own is one entry."""
+
+import json
+
+import jax
+import pytest
+from rich.console import Console
+
+import stp_jax
+from experiments import configs, stages
+from experiments.config import STAGE_NAMES, ConfigError, override
+from experiments.context import data_seed, make_context
+
+SMALL = [
+    "model_options.hidden=8",
+    "float_epochs=0.5",
+    "guided_epochs=0",
+    "retrain_epochs=0.25",
+    "bn_batches=2",
+]
+
+
+def make(tmp_path, folder, *settings):
+    config = override(configs.load("stp_mlp").CONFIG, [*SMALL, f"data_dir={folder}", *settings])
+    return make_context(config, tmp_path / "run", Console(quiet=True))
+
+
+@pytest.fixture(autouse=True)
+def usual_promotion():
+    """Optax's schedules need it."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tfds")
+
+
+def test_the_default_stages_are_all_there_are():
+    assert tuple(stages.STAGES) == STAGE_NAMES
+
+
+def test_a_stage_of_one_s_own_is_one_entry(tmp_path, folder, monkeypatch):
+    """It runs where the configuration says, and its accuracy is reported under its name."""
+    seen = []
+
+    def halved(run):
+        seen.append(dict(run.budgets))
+        run.budgets = {path: max(1, k // 2) for path, k in run.budgets.items()}
+        stp_jax.set_budgets(run.model, run.budgets)
+        return run.model
+
+    monkeypatch.setitem(stages.STAGES, "halved", stages.Stage(halved, needs=("projected",)))
+    order = "float,int8,allocated,projected,halved,retrained"
+    context = make(tmp_path, folder, f"stages={order}")
+    stages.check_stages(context.config)
+    outcome = stages.train(context)
+    assert list(outcome.top1) == ["float", "int8", "projected", "halved", "retrained"]
+    assert outcome.budgets == {path: max(1, k // 2) for path, k in seen[0].items()}
+    assert stp_jax.budgets(outcome.model) == outcome.budgets
+    known = json.loads((tmp_path / "run" / "stages.json").read_text())
+    assert known["top1"] == outcome.top1
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ("float,int8,pruned", "there is no 'pruned'; there are float"),
+        ("float,int8,int8", "int8 stands twice"),
+        ("float,allocated", "allocated needs int8 before it"),
+        ("float,int8,allocated,budgeted", "budgeted needs projected"),
+        ("float,int8", "a run needs float, int8 and allocated"),
+    ],
+)
+def test_wrong_orders_are_refused(order, message):
+    config = override(configs.load("stp_mlp").CONFIG, [f"stages={order}"])
+    with pytest.raises(ConfigError, match=message):
+        stages.check_stages(config)
+
+
+def test_every_stage_draws_its_own_order():
+    names = [*STAGE_NAMES, "batch_norm", "halved"]
+    seeds = {data_seed(seed, name) for seed in (0, 1, 2) for name in names}
+    assert len(seeds) == 3 * len(names)
+    assert all(0 <= seed < 2**32 for seed in seeds)

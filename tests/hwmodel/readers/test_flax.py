@@ -1,0 +1,119 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen, nnx
+from networks import extents
+
+import stp_jax
+from stp_jax import hwmodel
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(3, 16, (3, 3), strides=2, rngs=rngs)
+        self.depthwise = nnx.Conv(16, 16, (3, 3), feature_group_count=16, rngs=rngs)
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        self.dense = nnx.List([nnx.Linear(16, 16, rngs=rngs)])
+        self.attention = nnx.MultiHeadAttention(4, 16, decode=False, rngs=rngs)
+        self.einsum = nnx.Einsum("...i,io->...o", (16, 7), (7,), rngs=rngs)
+
+    def __call__(self, x):
+        x = self.norm(self.depthwise(self.conv(x)))
+        x = self.dense[0](self.dense[0](x)).reshape(x.shape[0], -1, 16)
+        return self.einsum(self.attention(x))
+
+
+def test_traces_nnx_layers_in_order_of_execution():
+    network = hwmodel.trace(Block(nnx.Rngs(0)), jnp.zeros((2, 8, 8, 3)))
+    assert extents(network) == {
+        "conv": (27, 32, 16, 1),
+        "depthwise": (9, 32, 1, 16),
+        "dense.0": (16, 32, 16, 1),
+        "dense.0@2": (16, 32, 16, 1),
+        "attention.query": (16, 32, 16, 1),
+        "attention.key": (16, 32, 16, 1),
+        "attention.value": (16, 32, 16, 1),
+        "attention.scores": (4, 16, 16, 8),
+        "attention.context": (16, 16, 4, 8),
+        "attention.out": (16, 32, 16, 1),
+        "einsum": (16, 32, 7, 1),
+    }
+
+
+def test_tracing_neither_changes_nor_runs_the_model():
+    def refuse(*args, **kwargs):
+        assert isinstance(args[0], jax.core.Tracer)
+        return jax.lax.conv_general_dilated(*args, **kwargs)
+
+    model = Block(nnx.Rngs(0))
+    model.conv.conv_general_dilated = refuse  # as a quantised model holds its own convolution
+    mean = model.norm.mean[...]
+    network = hwmodel.trace(model, jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32))
+    assert network.names[0] == "conv"
+    assert model.conv.conv_general_dilated is refuse
+    assert model.norm.mean[...] is mean
+
+
+class LinenBlock(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        x = linen.Conv(16, (3, 3), strides=2, name="conv")(x)
+        x = linen.Conv(16, (3, 3), feature_group_count=16, name="depthwise")(x)
+        x = x.reshape(x.shape[0], -1, 16)
+        x = linen.MultiHeadDotProductAttention(4, name="attention")(x)
+        return linen.DenseGeneral(7, axis=(-2, -1), name="head")(x)
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_traces_linen_layers(bound):
+    model, x = LinenBlock(), jnp.zeros((2, 8, 8, 3))
+    if bound:
+        model = model.bind(model.init(jax.random.key(0), x))
+    assert extents(hwmodel.trace(model, x)) == {
+        "conv": (27, 32, 16, 1),
+        "depthwise": (9, 32, 1, 16),
+        "attention.query": (16, 32, 16, 1),
+        "attention.key": (16, 32, 16, 1),
+        "attention.value": (16, 32, 16, 1),
+        "attention.scores": (4, 16, 16, 8),
+        "attention.context": (16, 16, 4, 8),
+        "attention.out": (16, 32, 16, 1),
+        "head": (256, 2, 7, 1),
+    }
+
+
+class Masked(linen.Module):
+    """Its first argument is not an array."""
+
+    @linen.compact
+    def __call__(self, training, inputs):
+        x = linen.Dense(4, name="d")(inputs["x"])
+        return linen.Dropout(0.5, deterministic=not training)(x)
+
+
+def test_linen_modules_may_take_anything():
+    network = hwmodel.trace(Masked(), False, {"x": jnp.zeros((2, 3))})
+    assert extents(network) == {"d": (3, 2, 4, 1)}
+
+
+def test_a_quantized_linen_model_has_its_modules_layers():
+    policy = stp_jax.Policy([stp_jax.Rule(path=".*", budget=6)])
+    model, x = LinenBlock(), jnp.zeros((2, 8, 8, 3))
+    quantized = hwmodel.trace(stp_jax.quantize(model, policy), x)
+    assert quantized.layers == hwmodel.trace(model, x).layers
+
+
+def test_a_quantized_model_has_no_products_of_its_quantizers():
+    model, x = Block(nnx.Rngs(0)), jnp.zeros((2, 8, 8, 3))
+    rules = [stp_jax.Rule(path=".*", budget=6, activations="dynamic")]
+    quantized = hwmodel.trace(stp_jax.quantize(model, stp_jax.Policy(rules)), x)
+    assert quantized.layers == hwmodel.trace(model, x).layers
+
+
+def test_what_cannot_be_traced_is_said():
+    with pytest.raises(TypeError, match=r"expected an nnx\.Module"):
+        hwmodel.trace(lambda x: x, jnp.zeros(3))
+    with pytest.raises(ValueError, match="transposed"):
+        hwmodel.trace(nnx.ConvTranspose(3, 4, (3, 3), rngs=nnx.Rngs(0)), jnp.zeros((1, 8, 8, 3)))
+    with pytest.raises(ValueError, match="no convolution"):
+        hwmodel.trace(nnx.BatchNorm(4, rngs=nnx.Rngs(0)), jnp.zeros((1, 4)))

@@ -1,0 +1,194 @@
+"""Every function of `stp_jax` does the same to an NNX model and to its Linen twin."""
+
+import copy
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import stp_jax
+from stp_jax import hooks
+
+X = 1.0 + jax.random.normal(jax.random.key(1), (6, 5, 5, 8))
+BATCHES = [X[:3], X[3:]]
+POLICY = stp_jax.Policy(
+    [stp_jax.Rule(path="head", group_size=4), stp_jax.Rule(path=".*", budget=6, group_size=4)]
+)
+
+
+class Linen(nn.Module):
+    """conv → BatchNorm → relu → conv with channel groups → mean → dense → dense."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (3, 3), use_bias=False, name="conv")(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=True, name="norm")(x))
+        x = nn.relu(nn.Conv(6, (2, 2), feature_group_count=2, name="grouped")(x))
+        return nn.Dense(3, name="head")(nn.relu(nn.Dense(10, name="fc")(x.mean((1, 2)))))
+
+
+class NNX(nnx.Module):
+    """The same network."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(8, 8, (3, 3), use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.grouped = nnx.Conv(8, 6, (2, 2), feature_group_count=2, rngs=rngs)
+        self.fc = nnx.Linear(6, 10, rngs=rngs)
+        self.head = nnx.Linear(10, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.conv(x)))
+        x = nnx.relu(self.grouped(x))
+        return self.head(nnx.relu(self.fc(x.mean((1, 2)))))
+
+
+@pytest.fixture(autouse=True)
+def usual_promotion():
+    """Flax adds biases of lower rank."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def build():
+    """A calibrated NNX model and its Linen twin with variables of the same values."""
+    model = NNX(nnx.Rngs(0))
+    model.eval()
+    quantized = stp_jax.quantize(Linen(), POLICY)
+    variables = jax.jit(quantized.init)(jax.random.key(0), X)
+    for path, name in (("norm", "mean"), ("norm", "var")):
+        variables["batch_stats"][path][name] = getattr(getattr(model, path), name)[...]
+    for path, values in variables["params"].items():
+        for name in values:
+            values[name] = getattr(getattr(model, path), name)[...]
+    twin = quantized.bind(variables)
+    model = stp_jax.quantize(model, POLICY)
+    for each in (model, twin):
+        stp_jax.search_weight_scales(each)  # the twin's are those of the initial kernels
+        stp_jax.calibrate(each, BATCHES)
+    return model, twin
+
+
+@pytest.fixture(scope="module", name="calibrated")
+def make_calibrated():
+    with jax.numpy_rank_promotion("allow"):
+        return build()
+
+
+@pytest.fixture(name="twins")
+def make_twins(calibrated):
+    model, twin = calibrated
+    return nnx.clone(model), copy.copy(twin)
+
+
+def same(a, b, rtol=1e-5, atol=1e-6):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for mine, theirs in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=rtol, atol=atol)
+
+
+def state(model):
+    """What the quantizers store, by layer."""
+    return {
+        path: (q.kernel, q.stored_scale, q.stored_input_scale, q.budget)
+        for path, q in stp_jax.quantized_layers(model).items()
+    }
+
+
+def loss(model, x):
+    return jnp.sum(jnp.sin(model(x)))
+
+
+def set_uniform(model):
+    stp_jax.set_budgets(model, 3)
+    return stp_jax.budgets(model)
+
+
+def corrected(model):
+    stp_jax.set_budgets(model, 4)
+    return stp_jax.correct_bias(model, BATCHES), model(X)
+
+
+def compensated(model):
+    budgets = dict.fromkeys(stp_jax.budgets(model), 4)
+    return stp_jax.compensate(model, BATCHES, budgets), stp_jax.integer_weights(model)
+
+
+def relaxed(model):
+    stp_jax.relax_budgets(model)
+    found = stp_jax.relaxed_budgets(model)
+    out = model(X)
+    stp_jax.set_budgets(model, 5)
+    return found, out, stp_jax.budgets(model)
+
+
+FUNCTIONS = {
+    "calibrate": state,
+    "call": lambda model: model(X),
+    "set_budgets": set_uniform,
+    "integer_weights": stp_jax.integer_weights,
+    "group_counts": stp_jax.group_counts,
+    "error_curves": stp_jax.error_curves,
+    "squared_gradients": lambda model: stp_jax.squared_gradients(model, loss, BATCHES),
+    "allocate": lambda model: stp_jax.allocate(model, 1.0),
+    "relax_budgets": relaxed,
+    "correct_bias": corrected,
+    "compensate": compensated,
+    "integer_model": lambda model: stp_jax.integer_model(model)(X),
+    "integer_model, shift_add": lambda model: stp_jax.integer_model(model, arithmetic="shift_add")(
+        X
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_both_give_the_same(twins, name):
+    ours, theirs = (FUNCTIONS[name](model) for model in twins)
+    same(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_projected_parameters_are_the_same(twins):
+    ours, theirs = (stp_jax.project_params(model, {"conv": 2}) for model in twins)
+    for path in ("conv", "grouped", "fc", "head"):
+        np.testing.assert_allclose(
+            ours[path]["kernel"][...], theirs[path]["kernel"], rtol=1e-5, atol=1e-7
+        )
+
+
+def test_guidance_pulls_linen_parameters_to_the_same_targets(twins):
+    model, twin = twins
+    params, _ = hooks.trainable(twin)
+    tx = stp_jax.guidance(twin, 1.0, budgets={"conv": 2})
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = jax.jit(tx.update)(zeros, tx.init(params), params)
+    moved = optax.apply_updates(params, updates)
+    goal = stp_jax.project_params(model, {"conv": 2})["conv"]["kernel"][...]
+    np.testing.assert_allclose(moved["conv"]["kernel"], goal, rtol=1e-5, atol=1e-7)
+
+
+def test_the_bound_model_s_variables_change_and_those_given_stay(calibrated):
+    twin = copy.copy(calibrated[1])
+    given = twin.variables
+    before = jax.tree.map(np.asarray, given)
+    stp_jax.set_budgets(twin, 2)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, given))
+    assert stp_jax.budgets(twin) == {"conv": 2, "grouped": 2, "fc": 2}
+    assert twin.variables["stp"]["fc"]["budget"].shape == (1, 1)
+
+
+def test_relaxed_linen_budgets_are_trained_with_the_scales(twins):
+    _, twin = twins
+    stp_jax.relax_budgets(twin)
+    variables = twin.variables
+
+    def value(learned):
+        return jnp.sum(twin.stp.apply({**variables, "stp_params": learned}, X) ** 2)
+
+    gradients = jax.grad(value)(variables["stp_params"])
+    assert jnp.abs(gradients["fc"]["relaxed_budget"]).max() > 0
+    stp_jax.set_budgets(twin, 5)
+    assert "relaxed_budget" not in twin.variables["stp_params"]["fc"]
