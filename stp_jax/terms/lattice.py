@@ -31,9 +31,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stp_jax.terms.codebook import few_term_values
+from stp_jax.terms.codebook import few_term_values, nearest_values
 from stp_jax.terms.encodings import Encoding, count, max_terms
-from stp_jax.terms.projection import nearest_values, project
+from stp_jax.terms.projection import project
 from stp_jax.terms.quantizers import WeightFormat
 
 # The least eigenvalue, relative to the diagonal, that A - D keeps, so that it has a float32 factor.
