@@ -21,6 +21,8 @@ from stp_jax.terms.encodings import signed as signed
 from stp_jax.terms.groups import GroupLayout as GroupLayout
 from stp_jax.terms.guidance import budget_schedule as budget_schedule
 from stp_jax.terms.guidance import guide as guide
+from stp_jax.terms.lattice import LatticePoints as LatticePoints
+from stp_jax.terms.lattice import nearest_points as nearest_points
 from stp_jax.terms.method import ProjectionMethod as ProjectionMethod
 from stp_jax.terms.packing import PackedTerms as PackedTerms
 from stp_jax.terms.packing import pack as pack
