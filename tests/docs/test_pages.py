@@ -15,6 +15,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from experiments.context import DATA
+from experiments.stages import STAGES
 from stp_jax.models import MODELS
 from stp_jax.terms import ENCODINGS, METHODS
 
@@ -32,8 +34,9 @@ def lines(text):
 
 @pytest.fixture(autouse=True)
 def registries():
-    """Pages may add models, encodings and methods; other tests must not see them."""
-    before = [(registry, dict(registry)) for registry in (MODELS, ENCODINGS, METHODS)]
+    """Pages may add models, encodings, stages and more; other tests must not see them."""
+    registries = (MODELS, ENCODINGS, METHODS, STAGES, DATA)
+    before = [(registry, dict(registry)) for registry in registries]
     yield
     for registry, entries in before:
         registry.clear()
