@@ -1,8 +1,10 @@
 """Data sets by name: the embedded digits, image folders, and whatever TFDS has prepared."""
 
+import contextlib
 import difflib
 import math
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,9 +138,22 @@ def _load_folder(data_dir: str | Path | None, on_corrupt: str) -> Dataset:
     )
 
 
+@contextlib.contextmanager
+def _no_folders_left() -> Iterator[None]:
+    """Removes the temporary folder that TFDS makes for a builder which is not prepared."""
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory() as folder:
+        tempfile.tempdir = folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
+
+
 def _find_builder(name: str, data_dir: str | Path | None) -> tfds.core.DatasetBuilder:
     try:
-        return tfds.builder(name, data_dir=data_dir)
+        with _no_folders_left():
+            return tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
         known = ["digits", "folder", *tfds.list_builders(with_community_datasets=False)]
         near = difflib.get_close_matches(name, known, n=3)

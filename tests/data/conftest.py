@@ -1,3 +1,5 @@
+import tempfile
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -32,3 +34,9 @@ def make_tree(tmp_path):
         return tmp_path
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def temporary_folder(tmp_path, monkeypatch):
+    """TFDS leaves a folder behind for each builder that is made before it is prepared."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
