@@ -81,7 +81,6 @@ class KernelLayer:
     kernel_name: str = "kernel"  # of the kernel among the layer's parameters
     # Attribute that computes the product; None where the layer has none to replace.
     product: str | None = None
-    window_axes: int = 0  # leading axes of the kernel that span a convolution's window
     feature_groups: int = 1  # of a convolution
     transposed: bool = False  # the kernel is [*window, out, in]
     batch_axes: int = 0  # leading axes of the kernel that are batched over
@@ -122,7 +121,7 @@ def _describe_nnx(path: str, module: Any) -> KernelLayer | None:
     facts: dict[str, Any] = {"kernel_rank": 2}
     if kind in ("conv", "conv_transpose"):
         window = len(module.kernel_size)
-        facts = {"window_axes": window, "kernel_rank": window + 2}
+        facts = {"kernel_rank": window + 2}
         facts["feature_groups"] = getattr(module, "feature_group_count", 1)
         facts["transposed"] = getattr(module, "transpose_kernel", False)
     elif kind == "general":
@@ -144,7 +143,6 @@ def _describe_linen(path: str, module: Any, args: Sequence[Any], kwargs: Mapping
         return None
     facts: dict[str, Any] = {}
     if kind in ("conv", "conv_local", "conv_transpose"):
-        facts["window_axes"] = len(_as_tuple(module.kernel_size))
         facts["feature_groups"] = getattr(module, "feature_group_count", 1)
         facts["transposed"] = getattr(module, "transpose_kernel", False)
     elif kind == "general":
@@ -460,11 +458,21 @@ def replace_variables(
     return nested_variables(flat)
 
 
+def find_variable(variables: Mapping[str, Any], key: tuple[str, ...]) -> jax.Array | None:
+    """The array at a key of Linen variables, out of its box; None if there is none."""
+    value: Any = variables
+    for name in key:
+        if not isinstance(value, Mapping) or name not in value:
+            return None
+        value = value[name]
+    return unboxed(value)
+
+
 def get_variable(model: Any, path: str, name: str) -> jax.Array | None:
     """A layer's parameter or statistic by name; None if it has none."""
     if isinstance(model, LinenModel):
         found = _linen_key(model, path, name)
-        return None if found is None else unboxed(flat_variables(model.variables)[found])
+        return None if found is None else find_variable(model.variables, found)
     variable = getattr(_nnx_module(model, path), name, None)
     return None if variable is None else variable[...]
 
@@ -482,8 +490,7 @@ def set_variable(model: Any, path: str, name: str, value: jax.Array) -> None:
 
 def _linen_key(model: LinenModel, path: str, name: str) -> tuple[str, ...] | None:
     keys = ((collection, *keys_of(path), name) for collection in model.variables)
-    flat = flat_variables(model.variables)
-    return next((key for key in keys if key in flat), None)
+    return next((key for key in keys if find_variable(model.variables, key) is not None), None)
 
 
 def _nnx_module(model: nnx.Module, path: str) -> Any:

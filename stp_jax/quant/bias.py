@@ -9,6 +9,7 @@ running mean of the BatchNorm that follows.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,7 +18,12 @@ import jax.numpy as jnp
 
 from stp_jax import hooks
 from stp_jax.hooks import Hooks, KernelLayer
-from stp_jax.quant.calibration import call_model, check_batches
+from stp_jax.quant.calibration import (
+    call_model,
+    check_batches,
+    outside_of_loops,
+    sum_over_batches,
+)
 from stp_jax.quant.layers import quantized_layers
 
 
@@ -98,12 +104,7 @@ def _mean_shifts(
         call(hooks.attach(rebuild(state), _observing(ndims, seen)), batch)
         return {path: jnp.mean(jnp.stack(calls), axis=0) for path, calls in seen.items() if calls}
 
-    total, count = None, 0
-    for batch in batches:
-        shifts = observe(state, batch)
-        total = shifts if total is None else jax.tree.map(jnp.add, total, shifts)
-        count += 1
-    assert total is not None
+    total, count = sum_over_batches(functools.partial(observe, state), batches)
     return {path: shift / count for path, shift in total.items()}
 
 
@@ -154,12 +155,8 @@ def correct_bias(
     ndims |= {path: 1 for path in followers if path not in biases}
     if not ndims:
         raise ValueError("no quantized layer has a bias or goes straight into a BatchNorm")
-    try:
+    with outside_of_loops("outputs"):
         shifts = _mean_shifts(model, ndims, batches, call)
-    except jax.errors.UnexpectedTracerError:
-        raise ValueError(
-            "a quantized layer runs inside a scan, vmap or the like; its outputs cannot be seen"
-        ) from None
     for path, shift in shifts.items():
         if path in biases:
             bias = biases[path]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -24,6 +26,27 @@ def check_batches(batches: object) -> None:
     """Raises TypeError if batches is one array, whose examples would pass for batches."""
     if isinstance(batches, np.ndarray | jax.Array):
         raise TypeError(f"batches must be a list of batches; give [x] for one of {batches.shape}")
+
+
+def sum_over_batches(function: Callable[[Any], Any], batches: Iterable[Any]) -> tuple[Any, int]:
+    """The sum of a function's trees over batches, and their number; (None, 0) without any."""
+    total, count = None, 0
+    for batch in batches:
+        value = function(batch)
+        total = value if total is None else jax.tree.map(jnp.add, total, value)
+        count += 1
+    return total, count
+
+
+@contextlib.contextmanager
+def outside_of_loops(what: str) -> Iterator[None]:
+    """Raises ValueError where a layer within a scan or vmap leaked ``what`` of it, a tracer."""
+    try:
+        yield
+    except jax.errors.UnexpectedTracerError:
+        raise ValueError(
+            f"a quantized layer runs inside a scan, vmap or the like; its {what} cannot be seen"
+        ) from None
 
 
 @functools.singledispatch

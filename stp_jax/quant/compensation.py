@@ -18,7 +18,13 @@ import numpy as np
 from stp_jax import hooks
 from stp_jax.hooks import Hooks, KernelLayer
 from stp_jax.quant.budgets import set_budgets
-from stp_jax.quant.calibration import call_model, check_batches, search_weight_scales
+from stp_jax.quant.calibration import (
+    call_model,
+    check_batches,
+    outside_of_loops,
+    search_weight_scales,
+    sum_over_batches,
+)
 from stp_jax.quant.layers import quantized_layers
 from stp_jax.terms.compensation import project_compensated
 from stp_jax.terms.groups import GroupLayout
@@ -62,11 +68,8 @@ def _gram_matrices(
         call(hooks.attach(rebuild(state), Hooks(product=product)), batch)
         return {path: functools.reduce(jnp.add, calls) for path, calls in seen.items() if calls}
 
-    total = None
-    for batch in batches:
-        grams = observe(state, batch)
-        total = grams if total is None else jax.tree.map(jnp.add, total, grams)
-    if total is None:
+    total, count = sum_over_batches(functools.partial(observe, state), batches)
+    if not count:
         raise ValueError("compensation needs at least one batch of inputs")
     return total
 
@@ -107,12 +110,8 @@ def compensate(
     paths = [path for path, quantized in layers.items() if _takes_part(quantized.layer)]
     if not paths:
         raise ValueError("no quantized layer is dense or a convolution without channel groups")
-    try:
+    with outside_of_loops("inputs"):
         grams = _gram_matrices(model, paths, batches, call)
-    except jax.errors.UnexpectedTracerError:
-        raise ValueError(
-            "a quantized layer runs inside a scan, vmap or the like; its inputs cannot be seen"
-        ) from None
     set_budgets(model, values)
     search_weight_scales(model)
     ratios = {}

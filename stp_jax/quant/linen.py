@@ -426,12 +426,7 @@ class LinenLayer(QuantizedLayer):
         return (collection, *keys_of(self.path), name)
 
     def _get(self, collection: str, name: str) -> jax.Array | None:
-        value: Any = self._model.variables
-        for key in self._key(collection, name):
-            if key not in value:
-                return None
-            value = value[key]
-        return hooks.unboxed(value)
+        return hooks.find_variable(self._model.variables, self._key(collection, name))
 
     def _set(self, collection: str, name: str, value: jax.Array | None) -> None:
         changed = {self._key(collection, name): value}

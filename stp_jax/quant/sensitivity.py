@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stp_jax import hooks
+from stp_jax.quant.calibration import sum_over_batches
 from stp_jax.quant.layers import QuantizedLayer, quantized_layers
 from stp_jax.terms.projection import error_curve
 
@@ -43,12 +45,8 @@ def squared_gradients(
         layers = quantized_layers(rebuild(grads))
         return {path: layer.kernel**2 for path, layer in layers.items()}
 
-    total, count = None, 0
-    for batch in batches:
-        value = squares(params, batch)
-        total = value if total is None else jax.tree.map(jnp.add, total, value)
-        count += 1
-    if total is None:
+    total, count = sum_over_batches(functools.partial(squares, params), batches)
+    if not count:
         raise ValueError("sensitivity needs at least one batch")
     return {path: value / count for path, value in total.items()}
 
