@@ -2,8 +2,51 @@
 
 from __future__ import annotations
 
-from benchmarks.rtl.design import PRODUCT, Design
-from benchmarks.rtl.stimuli import drive_group, drive_mac
+import functools
+
+from benchmarks.rtl.design import PRODUCT, VERILOG, Design
+from benchmarks.rtl.stimuli import drive_group, drive_mac, drive_mac_dot, drive_term_dot, passes
+
+_TERM_DOT = (VERILOG / "carry_save.v", VERILOG / "term_dot.v")
+_MAC_DOT = (VERILOG / "carry_save.v", VERILOG / "mac_dot.v")
+
+
+def _term_dot(*, lanes: int, groups: int = 1, columns: int = 1, indexed: bool = False) -> Design:
+    """A feed-forward group PE of this shape."""
+    return Design(
+        name=f"term_dot_{lanes}x{groups}x{columns}{'i' if indexed else ''}",
+        title=f"group PE, {lanes} terms of {groups} groups a cycle, {columns} columns"
+        + (", index decoded inside" if indexed else ""),
+        top="term_dot",
+        sources=_TERM_DOT,
+        parameters={
+            "LANES": lanes,
+            "GROUPS": groups,
+            "COLUMNS": columns,
+            "INDEXED": int(indexed),
+        },
+        group=8,
+        driver=functools.partial(
+            drive_term_dot, lanes=lanes, groups=groups, columns=columns, indexed=indexed
+        ),
+        rate=lambda budget: 8 * groups * columns / passes(budget, lanes),
+    )
+
+
+def _mac_dot(*, groups: int = 1, columns: int = 1) -> Design:
+    """An int8 dot-product PE of this shape."""
+    return Design(
+        name=f"mac_dot_{8 * groups}x{columns}",
+        title=f"int8 dot product of {8 * groups}, {columns} columns",
+        top="mac_dot",
+        sources=_MAC_DOT,
+        parameters={"LANES": 8 * groups, "COLUMNS": columns},
+        group=8,
+        driver=functools.partial(drive_mac_dot, groups=groups, columns=columns),
+        rate=lambda budget: 8.0 * groups * columns,
+        takes_terms=False,
+    )
+
 
 _ALL = (
     Design(
@@ -27,6 +70,16 @@ _ALL = (
         driver=drive_group,
         rate=lambda budget: 8 / budget,
     ),
+    _mac_dot(),
+    _mac_dot(columns=4),
+    _mac_dot(groups=2),
+    _term_dot(lanes=2),
+    _term_dot(lanes=4),
+    _term_dot(lanes=4, indexed=True),
+    _term_dot(lanes=8),
+    _term_dot(lanes=4, columns=4),
+    _term_dot(lanes=4, columns=4, indexed=True),
+    _term_dot(lanes=4, groups=2, columns=4),
 )
 
 DESIGNS = {design.name: design for design in _ALL}

@@ -8,6 +8,8 @@ register of the row above does.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import numpy.typing as npt
 
@@ -162,3 +164,185 @@ def drive_mac(operands: Operands, budget: int, *, latency: int = 1, psum: int = 
         multiplications=operands.multiplications,
         measured=plan.measured,
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiled:
+    """Operands of a PE of several groups and columns.
+
+    Attributes:
+      activations: [folds, columns, groups * g], each column's own.
+      weights: [folds, filters, groups * g], under which all columns work.
+      psums: [folds, filters, columns].
+    """
+
+    activations: npt.NDArray[np.integer]
+    weights: npt.NDArray[np.integer]
+    psums: npt.NDArray[np.integer]
+
+    @property
+    def sums(self) -> npt.NDArray[np.int64]:
+        """What leaves downwards: [folds, filters, columns]."""
+        products = np.einsum("fnk,fck->fnc", self.weights.astype(np.int64), self.activations)
+        return products + self.psums
+
+    @property
+    def multiplications(self) -> int:
+        """Multiply-accumulates, all columns."""
+        return self.weights.size * self.activations.shape[1]
+
+
+def tile(operands: Operands, *, groups: int, columns: int) -> Tiled:
+    """Folds side by side: ``groups`` that follow each other become one fold, and column c holds
+    the activations of the c-th one from there.
+
+    Raises:
+      ValueError: the folds do not fill the groups.
+    """
+    folds, filters, group = operands.weights.shape
+    if folds % groups:
+        raise ValueError(f"{folds} folds do not fill PEs of {groups} groups")
+    count = folds // groups
+    weights = operands.weights.reshape(count, groups, filters, group).transpose(0, 2, 1, 3)
+    across = (np.arange(count)[:, None] + np.arange(columns)) % count
+    psums = operands.psums.reshape(count, groups, filters)[:, 0]
+    return Tiled(
+        activations=operands.activations.reshape(count, groups * group)[across],
+        weights=weights.reshape(count, filters, groups * group),
+        psums=psums[across].transpose(0, 2, 1),
+    )
+
+
+def drive_mac_dot(
+    operands: Operands,
+    budget: int,
+    *,
+    groups: int = 1,
+    columns: int = 1,
+    latency: int = 1,
+    psum: int = 28,
+) -> Stimulus:
+    """A PE of ``groups`` times g multiplications a cycle in each of its columns."""
+    del budget
+    tiled = tile(operands, groups=groups, columns=columns)
+    folds, filters, lanes = tiled.weights.shape
+    plan = Schedule(folds, filters)
+    return Stimulus(
+        inputs={
+            **plan.loads(pack(tiled.activations.reshape(folds, columns * lanes), WIDTH)),
+            "weights_in": plan.port(pack(tiled.weights, WIDTH), plan.stream),
+            "psum_in": plan.port(pack(tiled.psums, psum), plan.stream, hold=True),
+        },
+        widths={
+            "load": 1,
+            "activations_in": columns * lanes * WIDTH,
+            "weights_in": lanes * WIDTH,
+            "psum_in": columns * psum,
+            "psum": columns * psum,
+        },
+        expected={"psum": (plan.stream.ravel() + latency, pack(tiled.sums, psum).ravel())},
+        multiplications=tiled.multiplications,
+        measured=plan.measured,
+    )
+
+
+def passes(budget: int, lanes: int) -> int:
+    """Passes of a group of ``budget`` terms through a PE of ``lanes`` term lanes a group."""
+    return -(-budget // lanes)
+
+
+def lane_terms(
+    weights: npt.NDArray[np.integer], budget: int, lanes: int
+) -> dict[str, npt.NDArray[np.int64]]:
+    """Terms of groups [..., g] by pass and lane: fields [..., passes, lanes].
+
+    A group's terms are free in their order. They are spread evenly over the passes, and within a
+    pass added terms fill the lanes from below and subtracted ones from above, so that a lane's sign
+    seldom changes; the exponent of an empty slot is zero.
+    """
+    count = passes(budget, lanes)
+    slots = terms(weights, count * lanes)
+    slots = {
+        name: np.swapaxes(values.reshape(*values.shape[:-1], lanes, count), -1, -2)
+        for name, values in slots.items()
+    }
+    key = np.where(slots["valid"] == 0, 1, 2 * slots["sign"])
+    order = np.argsort(key, axis=-1, kind="stable")
+    return {name: np.take_along_axis(values, order, axis=-1) for name, values in slots.items()}
+
+
+def drive_term_dot(
+    operands: Operands,
+    budget: int,
+    *,
+    lanes: int,
+    groups: int = 1,
+    columns: int = 1,
+    indexed: bool = False,
+    latency: int = 1,
+    psum: int = 28,
+) -> Stimulus:
+    """A feed-forward group PE; each pass of a filter has a partial sum of its own."""
+    group = operands.weights.shape[-1]
+    tiled = tile(operands, groups=groups, columns=columns)
+    folds, filters = tiled.weights.shape[:2]
+    count = passes(budget, lanes)
+    by_group = tiled.weights.reshape(folds, filters, groups, group)
+    slots = lane_terms(by_group, budget, lanes)  # [folds, filters, groups, passes, lanes]
+    slots = {name: np.moveaxis(values, 3, 2) for name, values in slots.items()}
+    psums, sums = _pass_sums(tiled, slots, groups)
+    words, bits = _term_words(slots, group, indexed=indexed)
+    plan = Schedule(folds, filters * count)
+    return Stimulus(
+        inputs={
+            **plan.loads(pack(tiled.activations.reshape(folds, -1), WIDTH)),
+            "terms_in": plan.port(pack(words, bits), plan.stream),
+            "psum_in": plan.port(pack(psums, psum), plan.stream, hold=True),
+        },
+        widths={
+            "load": 1,
+            "activations_in": columns * groups * group * WIDTH,
+            "terms_in": groups * lanes * bits,
+            "psum_in": columns * psum,
+            "psum": columns * psum,
+        },
+        expected={"psum": (plan.stream.ravel() + latency, pack(sums, psum).ravel())},
+        multiplications=tiled.multiplications,
+        measured=plan.measured,
+    )
+
+
+def _pass_sums(
+    tiled: Tiled, slots: dict[str, npt.NDArray[np.int64]], groups: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Partial sums that enter and leave with each pass: both [folds, filters, passes, columns].
+
+    Only the first pass carries the operands' partial sum; the others start from half of it, values
+    of the same kind.
+    """
+    folds, columns = tiled.activations.shape[:2]
+    signed = (1 - 2 * slots["sign"]) * slots["valid"] << slots["exponent"]
+    sums = np.empty((*slots["sign"].shape[:3], columns), np.int64)
+    for fold in range(folds):
+        resident = tiled.activations[fold].reshape(columns, groups, 1, -1)
+        for column in range(columns):
+            picked = resident[column, np.arange(groups)[:, None], 0, slots["index"][fold]]
+            sums[fold, ..., column] = (picked * signed[fold]).sum(axis=(-1, -2))
+    entering = np.broadcast_to(tiled.psums[:, :, None], sums.shape).copy()
+    entering[:, :, 1:] //= 2
+    return entering, sums + entering
+
+
+def _term_words(
+    slots: dict[str, npt.NDArray[np.int64]], group: int, *, indexed: bool
+) -> tuple[npt.NDArray[np.int64], int]:
+    """Words {select or valid and index, sign, exponent} [..., groups * lanes] and their bits."""
+    index_bits = (group - 1).bit_length()
+    exponent_bits = (WIDTH - 1).bit_length()
+    if indexed:
+        where = slots["valid"] << index_bits | slots["index"]
+    else:
+        where = slots["valid"] << slots["index"]
+    words = (where << 1 | slots["sign"]) << exponent_bits | slots["exponent"]
+    bits = exponent_bits + 1 + (index_bits + 1 if indexed else group)
+    return words.reshape(*words.shape[:-2], -1), bits

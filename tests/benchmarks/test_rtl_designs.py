@@ -18,10 +18,10 @@ def _operands(design: Design, budget: int, *, filters: int = 13) -> Operands:
     """Random and extreme values: folds of both, filters of both, one of empty slots only."""
     rng = np.random.default_rng(budget)
     group = max(design.group, 8)
-    activations = rng.integers(-128, 128, (3, group))
+    activations = rng.integers(-128, 128, (4, group))
     activations[1] = np.resize(_EXTREMES, group)
     activations[2] = -128
-    weights = rng.integers(-128, 128, (3, filters, group))
+    weights = rng.integers(-128, 128, (4, filters, group))
     weights[:, 1] = np.resize(_EXTREMES[::-1], group)
     weights[:, 2] = -128
     weights[:, 3] = 127
@@ -32,7 +32,7 @@ def _operands(design: Design, budget: int, *, filters: int = 13) -> Operands:
     return Operands(
         activations=activations,
         weights=weights,
-        psums=rng.integers(-(2**22), 2**22, (3, filters)),
+        psums=rng.integers(-(2**22), 2**22, (4, filters)),
     )
 
 
