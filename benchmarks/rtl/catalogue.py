@@ -33,6 +33,21 @@ def _term_dot(*, lanes: int, groups: int = 1, columns: int = 1, indexed: bool = 
     )
 
 
+def _offset_dot(*, lanes: int, groups: int = 1, columns: int = 1) -> Design:
+    """A feed-forward group PE in offset form of this shape."""
+    shape = {"lanes": lanes, "groups": groups, "columns": columns}
+    return Design(
+        name=f"offset_dot_{lanes}x{groups}x{columns}",
+        title=f"group PE in offset form, {lanes} terms of {groups} groups, {columns} columns",
+        top="offset_dot",
+        sources=(VERILOG / "carry_save.v", VERILOG / "offset_dot.v"),
+        parameters={name.upper(): value for name, value in shape.items()},
+        group=8,
+        driver=functools.partial(drive_term_dot, **shape, offset=True),
+        rate=lambda budget: 8 * groups * columns / passes(budget, lanes),
+    )
+
+
 def _mac_dot(*, groups: int = 1, columns: int = 1) -> Design:
     """An int8 dot-product PE of this shape."""
     return Design(
@@ -80,6 +95,8 @@ _ALL = (
     _term_dot(lanes=4, columns=4),
     _term_dot(lanes=4, columns=4, indexed=True),
     _term_dot(lanes=4, groups=2, columns=4),
+    _offset_dot(lanes=4),
+    _offset_dot(lanes=4, groups=2, columns=4),
 )
 
 DESIGNS = {design.name: design for design in _ALL}

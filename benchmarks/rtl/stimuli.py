@@ -78,10 +78,15 @@ class Schedule:
         """High for the first cycles."""
         return (np.arange(self.cycles) < RESET).astype(np.int64)
 
-    def loads(self, words: npt.NDArray) -> dict[str, npt.NDArray]:
-        """`load` and `activations_in` for one word a fold: the rows below take other folds'."""
+    def loads(self, words: npt.NDArray, *, bus: bool = False) -> dict[str, npt.NDArray]:
+        """`load` and `activations_in` for one word a fold, among those of the other rows.
+
+        They pass through the PE on their way down; or, with a ``bus`` down the column, each row
+        takes its own, this PE the last.
+        """
         passing = words[(np.arange(self.folds)[:, None] - np.arange(ROWS)[::-1]) % self.folds]
-        high = np.ones(self.load.shape, np.int64)
+        high = np.zeros(self.load.shape, np.int64)
+        high[:, -1 if bus else slice(None)] = 1
         return {
             "load": self.port(high, self.load),
             "activations_in": self.port(passing, self.load, hold=True),
@@ -279,10 +284,23 @@ def drive_term_dot(
     groups: int = 1,
     columns: int = 1,
     indexed: bool = False,
+    offset: bool = False,
     latency: int = 1,
     psum: int = 28,
 ) -> Stimulus:
-    """A feed-forward group PE; each pass of a filter has a partial sum of its own."""
+    """A feed-forward group PE; each pass of a filter has a partial sum of its own.
+
+    Args:
+      operands: the PE's work.
+      budget: terms a group.
+      lanes: terms of a group that the PE takes in a cycle.
+      groups: in the PE.
+      columns: that share the terms.
+      indexed: terms hold the index; else selects, one-hot.
+      offset: unsigned activations and operands; sums then hold what depends on the weights alone.
+      latency: cycles from a pass's terms to its sum.
+      psum: bits of a partial sum.
+    """
     group = operands.weights.shape[-1]
     tiled = tile(operands, groups=groups, columns=columns)
     folds, filters = tiled.weights.shape[:2]
@@ -291,11 +309,16 @@ def drive_term_dot(
     slots = lane_terms(by_group, budget, lanes)  # [folds, filters, groups, passes, lanes]
     slots = {name: np.moveaxis(values, 3, 2) for name, values in slots.items()}
     psums, sums = _pass_sums(tiled, slots, groups)
+    resident = tiled.activations.reshape(folds, -1)
+    if offset:
+        zero_point = 128 if resident.min() < 0 else 0
+        resident = resident + zero_point
+        sums = sums + _offsets(slots, zero_point)[..., None]
     words, bits = _term_words(slots, group, indexed=indexed)
     plan = Schedule(folds, filters * count)
     return Stimulus(
         inputs={
-            **plan.loads(pack(tiled.activations.reshape(folds, -1), WIDTH)),
+            **plan.loads(pack(resident, WIDTH), bus=offset),
             "terms_in": plan.port(pack(words, bits), plan.stream),
             "psum_in": plan.port(pack(psums, psum), plan.stream, hold=True),
         },
@@ -310,6 +333,14 @@ def drive_term_dot(
         multiplications=tiled.multiplications,
         measured=plan.measured,
     )
+
+
+def _offsets(slots: dict[str, npt.NDArray[np.int64]], zero_point: int) -> npt.NDArray[np.int64]:
+    """What offset form adds to each pass's sum: [folds, filters, passes]."""
+    scale = slots["valid"] << slots["exponent"]
+    signed = scale * (1 - 2 * slots["sign"])
+    added = 255 * scale * slots["sign"] + zero_point * signed
+    return added.sum(axis=(-1, -2))
 
 
 def _pass_sums(
