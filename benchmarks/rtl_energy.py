@@ -31,7 +31,7 @@ from benchmarks.rtl.bench import (
     target,
 )
 from benchmarks.rtl.catalogue import DESIGNS
-from benchmarks.rtl.operands import OperandSet, synthetic
+from benchmarks.rtl.operands import OperandSet, of_network, synthetic
 from benchmarks.rtl.synthesis import yosys_version
 
 BUDGETS = (8, 6, 4, 3)
@@ -46,13 +46,25 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--folds", type=int, default=8, help="folds of synthetic operands")
     parser.add_argument("--filters", type=int, default=64, help="filters a fold")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the operands")
+    parser.add_argument("--packed", type=Path, help="a packed network in place of random weights")
+    parser.add_argument("--activations", type=Path, help="its recorded activations, as .npz")
     parser.add_argument("--baseline", nargs="+", default=["mac"], choices=DESIGNS)
     parser.add_argument("--group-pe", nargs="+", default=["gpe"], choices=DESIGNS)
     parser.add_argument("--designs", action="store_true", help="all designs of the catalogue")
     arguments = parser.parse_args()
     if not arguments.liberty.is_file():
         parser.error(f"--liberty: no file {arguments.liberty}")
+    if (arguments.packed is None) != (arguments.activations is None):
+        parser.error("--packed and --activations go together")
     return arguments
+
+
+def chosen_operands(arguments: argparse.Namespace) -> list[OperandSet]:
+    size = {"folds": arguments.folds, "filters": arguments.filters}
+    if arguments.packed is None:
+        return [synthetic(BUDGETS, seed=seed, **size) for seed in arguments.seeds]
+    files = (arguments.packed, arguments.activations)
+    return [of_network(*files, BUDGETS, seed=seed, **size) for seed in arguments.seeds]
 
 
 def chosen_designs(arguments: argparse.Namespace) -> list[str]:
@@ -176,11 +188,7 @@ def print_results(results: dict) -> None:
 
 def main() -> None:
     arguments = read_arguments()
-    operands = [
-        synthetic(BUDGETS, folds=arguments.folds, filters=arguments.filters, seed=seed)
-        for seed in arguments.seeds
-    ]
-    results = measure_all(arguments, operands)
+    results = measure_all(arguments, chosen_operands(arguments))
     results |= headline(results)
     print_results(results)
     if arguments.out:

@@ -1,5 +1,6 @@
 """The measuring bench, on netlists whose energy can be counted by hand."""
 
+import itertools
 import shutil
 import sys
 from pathlib import Path
@@ -124,7 +125,7 @@ def test_a_pulse_shorter_than_a_gate_is_swallowed(tiny):
     def glitches(inverters):
         cells = [Instance(name="u", cell=tiny.cell("NAND2"), pins={"A": 2, "B": 9, "Y": 20})]
         nets = [2, *range(10, 10 + inverters - 1), 9]
-        for i, (source, sink) in enumerate(zip(nets[:-1], nets[1:], strict=True)):
+        for i, (source, sink) in enumerate(itertools.pairwise(nets)):
             pins = {"A": source, "Y": sink}
             cells.append(Instance(name=f"i{i}", cell=tiny.cell("INV"), pins=pins))
         netlist = Netlist(
