@@ -8,7 +8,6 @@ from benchmarks.rtl.design import PRODUCT, VERILOG, Design
 from benchmarks.rtl.stimuli import drive_group, drive_mac, drive_mac_dot, drive_term_dot, passes
 
 _TERM_DOT = (VERILOG / "carry_save.v", VERILOG / "term_dot.v")
-_MAC_DOT = (VERILOG / "carry_save.v", VERILOG / "mac_dot.v")
 
 
 def _term_dot(*, lanes: int, groups: int = 1, columns: int = 1, indexed: bool = False) -> Design:
@@ -48,17 +47,25 @@ def _offset_dot(*, lanes: int, groups: int = 1, columns: int = 1) -> Design:
     )
 
 
-def _mac_dot(*, groups: int = 1, columns: int = 1) -> Design:
+_MAC_TITLES = {
+    "plain": "array multiplier",
+    "offset": "sign and magnitude, offset form",
+    "booth": "radix-4 Booth, offset form",
+}
+
+
+def _mac_dot(*, lanes: int, columns: int = 1, form: str = "plain") -> Design:
     """An int8 dot-product PE of this shape."""
+    top = "mac_dot" if form == "plain" else f"mac_{form}_dot"
     return Design(
-        name=f"mac_dot_{8 * groups}x{columns}",
-        title=f"int8 dot product of {8 * groups}, {columns} columns",
-        top="mac_dot",
-        sources=_MAC_DOT,
-        parameters={"LANES": 8 * groups, "COLUMNS": columns},
+        name=f"{top}_{lanes}x{columns}",
+        title=f"int8 dot product of {lanes}, {columns} columns, {_MAC_TITLES[form]}",
+        top=top,
+        sources=(VERILOG / "carry_save.v", VERILOG / f"{top}.v"),
+        parameters={"LANES": lanes, "COLUMNS": columns},
         group=8,
-        driver=functools.partial(drive_mac_dot, groups=groups, columns=columns),
-        rate=lambda budget: 8.0 * groups * columns,
+        driver=functools.partial(drive_mac_dot, lanes=lanes, columns=columns, form=form),
+        rate=lambda budget: float(lanes * columns),
         takes_terms=False,
     )
 
@@ -85,9 +92,11 @@ _ALL = (
         driver=drive_group,
         rate=lambda budget: 8 / budget,
     ),
-    _mac_dot(),
-    _mac_dot(columns=4),
-    _mac_dot(groups=2),
+    *(
+        _mac_dot(lanes=lanes, columns=columns, form=form)
+        for form in ("plain", "offset", "booth")
+        for lanes, columns in ((1, 1), (4, 1), (8, 1), (16, 1), (16, 4))
+    ),
     _term_dot(lanes=2),
     _term_dot(lanes=4),
     _term_dot(lanes=4, indexed=True),

@@ -136,36 +136,22 @@ def drive_group(
 
 
 def drive_mac(operands: Operands, budget: int, *, latency: int = 1, psum: int = PSUM) -> Stimulus:
-    """A MAC PE: one resident activation, one weight a cycle; the budget does not matter.
-
-    A group's activations are folds of their own, and the row above is the lane before.
-    """
+    """A MAC PE: one resident activation, one weight a cycle; the budget does not matter."""
     del budget
-    folds, filters, group = operands.weights.shape
-    weights = operands.weights.transpose(0, 2, 1).reshape(folds * group, filters)
-    activations = operands.activations.reshape(folds * group)
-    products = operands.weights.astype(np.int64) * operands.activations[:, None, :]
-    below = operands.psums[..., None] + np.cumsum(products, axis=-1)  # [folds, filters, group]
-    above = (below - products).transpose(0, 2, 1).reshape(folds * group, filters)
-    sums = below.transpose(0, 2, 1).reshape(folds * group, filters)
-    plan = Schedule(folds * group, filters)
-    loads = plan.loads(unsigned(activations, WIDTH))
+    single = split(operands, 1)
+    plan = Schedule(*single.psums.shape)
+    loads = plan.loads(unsigned(single.activations[:, 0], WIDTH))
     inputs = {
         "load": loads["load"],
         "activation_in": loads["activations_in"],
-        "weight_in": plan.port(unsigned(weights, WIDTH), plan.stream),
-        "psum_in": plan.port(unsigned(above, psum), plan.stream),
+        "weight_in": plan.port(unsigned(single.weights, WIDTH), plan.stream),
+        "psum_in": plan.port(unsigned(single.psums, psum), plan.stream),
     }
+    widths = {"load": 1, "activation_in": WIDTH, "weight_in": WIDTH, "psum_in": psum, "psum": psum}
     return Stimulus(
         inputs=inputs,
-        widths={
-            "load": 1,
-            "activation_in": WIDTH,
-            "weight_in": WIDTH,
-            "psum_in": psum,
-            "psum": psum,
-        },
-        expected={"psum": (plan.stream.ravel() + latency, unsigned(sums, psum).ravel())},
+        widths=widths,
+        expected={"psum": (plan.stream.ravel() + latency, unsigned(single.sums, psum).ravel())},
         multiplications=operands.multiplications,
         measured=plan.measured,
     )
@@ -218,34 +204,131 @@ def tile(operands: Operands, *, groups: int, columns: int) -> Tiled:
     )
 
 
+def split(operands: Operands, lanes: int) -> Operands:
+    """Groups cut to ``lanes``: each part a fold of its own, whose row above is the part before.
+
+    Raises:
+      ValueError: the lanes do not divide the group.
+    """
+    folds, filters, group = operands.weights.shape
+    if group % lanes:
+        raise ValueError(f"{lanes} lanes do not divide a group of {group}")
+    parts = group // lanes
+    weights = operands.weights.reshape(folds, filters, parts, lanes)
+    activations = operands.activations.reshape(folds, parts, lanes)
+    products = np.einsum("fnpl,fpl->fnp", weights.astype(np.int64), activations)
+    above = operands.psums[..., None] + np.cumsum(products, axis=-1) - products
+    return Operands(
+        activations=activations.reshape(folds * parts, lanes),
+        weights=weights.transpose(0, 2, 1, 3).reshape(folds * parts, filters, lanes),
+        psums=above.transpose(0, 2, 1).reshape(folds * parts, filters),
+    )
+
+
+def _tile_lanes(operands: Operands, lanes: int, columns: int) -> Tiled:
+    """Operands of a PE of this many lanes, fewer or more than a group has."""
+    group = operands.weights.shape[-1]
+    if lanes < group:
+        return tile(split(operands, lanes), groups=1, columns=columns)
+    return tile(operands, groups=lanes // group, columns=columns)
+
+
+# What carries the weights of a dot-product PE, and what its sums have too much: both [..., lanes].
+
+
+def _twos_complement(weights: npt.NDArray[np.int64]) -> tuple[npt.NDArray, int]:
+    return weights, WIDTH
+
+
+def _sign_and_magnitude(weights: npt.NDArray[np.int64]) -> tuple[npt.NDArray, int]:
+    if np.abs(weights).max() > 127:
+        raise ValueError("sign and magnitude in 8 bits holds -127 to 127")
+    return (weights < 0) << (WIDTH - 1) | np.abs(weights), WIDTH
+
+
+def _booth_digits(weights: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Radix-4 digits [..., 4] in -2 .. 2, least significant first."""
+    bits = (weights[..., None] >> np.arange(WIDTH)) & 1
+    below = np.concatenate([np.zeros_like(bits[..., :1]), bits[..., 1:-1:2]], axis=-1)
+    return bits[..., 0::2] + below - 2 * bits[..., 1::2]
+
+
+def _booth(weights: npt.NDArray[np.int64]) -> tuple[npt.NDArray, int]:
+    digits = _booth_digits(weights)
+    fields = (digits < 0) << 2 | (np.abs(digits) == 2) << 1 | (np.abs(digits) == 1)
+    return (fields << 3 * np.arange(WIDTH // 2)).sum(axis=-1), 3 * WIDTH // 2
+
+
+def _no_offset(weights: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return np.zeros_like(weights)
+
+
+def _complement_offset(weights: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return 255 * np.maximum(-weights, 0)
+
+
+def _booth_offset(weights: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return (511 * (_booth_digits(weights) < 0) << 2 * np.arange(WIDTH // 2)).sum(axis=-1)
+
+
+_MAC_FORMS = {
+    "plain": (_twos_complement, _no_offset),
+    "offset": (_sign_and_magnitude, _complement_offset),
+    "booth": (_booth, _booth_offset),
+}
+
+
 def drive_mac_dot(
     operands: Operands,
     budget: int,
     *,
-    groups: int = 1,
+    lanes: int,
     columns: int = 1,
+    form: str = "plain",
     latency: int = 1,
     psum: int = 28,
 ) -> Stimulus:
-    """A PE of ``groups`` times g multiplications a cycle in each of its columns."""
+    """A PE of ``lanes`` multiplications a cycle in each of its columns.
+
+    Args:
+      operands: the PE's work.
+      budget: does not matter.
+      lanes: of the PE.
+      columns: that share the weights.
+      form: ``plain``: two's complement; ``offset``: sign and magnitude; ``booth``: radix-4 digits.
+        The latter two take unsigned activations and add what depends on the weights alone.
+      latency: cycles from the weights to their sum.
+      psum: bits of a partial sum.
+    """
     del budget
-    tiled = tile(operands, groups=groups, columns=columns)
-    folds, filters, lanes = tiled.weights.shape
+    tiled = _tile_lanes(operands, lanes, columns)
+    folds, filters = tiled.weights.shape[:2]
+    encode, offset = _MAC_FORMS[form]
+    resident = tiled.activations.reshape(folds, columns * lanes)
+    zero_point = 128 if form != "plain" and resident.min() < 0 else 0
+    weights = tiled.weights.astype(np.int64)
+    words, bits = encode(weights)
+    extra = (offset(weights) + zero_point * weights).sum(axis=-1)
     plan = Schedule(folds, filters)
     return Stimulus(
         inputs={
-            **plan.loads(pack(tiled.activations.reshape(folds, columns * lanes), WIDTH)),
-            "weights_in": plan.port(pack(tiled.weights, WIDTH), plan.stream),
+            **plan.loads(pack(resident + zero_point, WIDTH), bus=form != "plain"),
+            "weights_in": plan.port(pack(words, bits), plan.stream),
             "psum_in": plan.port(pack(tiled.psums, psum), plan.stream, hold=True),
         },
         widths={
             "load": 1,
             "activations_in": columns * lanes * WIDTH,
-            "weights_in": lanes * WIDTH,
+            "weights_in": lanes * bits,
             "psum_in": columns * psum,
             "psum": columns * psum,
         },
-        expected={"psum": (plan.stream.ravel() + latency, pack(tiled.sums, psum).ravel())},
+        expected={
+            "psum": (
+                plan.stream.ravel() + latency,
+                pack(tiled.sums + extra[..., None], psum).ravel(),
+            )
+        },
         multiplications=tiled.multiplications,
         measured=plan.measured,
     )

@@ -29,6 +29,8 @@ def _operands(design: Design, budget: int, *, filters: int = 13) -> Operands:
     if design.takes_terms:
         options = {"group_size": design.group, "budget": budget, "axis": -1}
         weights = np.asarray(terms.project(weights, method="greedy", **options))
+    elif design.top == "mac_offset_dot":
+        weights = np.maximum(weights, -127)  # sign and magnitude
     return Operands(
         activations=activations,
         weights=weights,

@@ -65,3 +65,22 @@ module carry_save_tree #(
     assign sum = queue[WORDS+2*ADDERS-2];
     assign carry = queue[WORDS+2*ADDERS-1];
 endmodule
+
+// Carry-propagating addition by a chain of full adders: the least energy, if there is time.
+module ripple_adder #(
+    parameter WIDTH = 16
+) (
+    input  [WIDTH-1:0] a,
+    input  [WIDTH-1:0] b,
+    output [WIDTH-1:0] sum
+);
+    wire [WIDTH:0] carries;
+    assign carries[0] = 1'b0;
+
+    genvar i;
+    generate
+        for (i = 0; i < WIDTH; i = i + 1) begin : bit_position
+            full_adder adder (.a(a[i]), .b(b[i]), .c(carries[i]), .s(sum[i]), .co(carries[i+1]));
+        end
+    endgenerate
+endmodule

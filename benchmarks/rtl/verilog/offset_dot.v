@@ -37,6 +37,7 @@ module offset_dot #(
     parameter COLUMNS = 1,
     parameter WIDTH = 8,
     parameter PSUM = 28,
+    parameter RIPPLE = 1,    // the carry-propagating adder is a chain of full adders
     parameter EXPONENT = $clog2(WIDTH),
     parameter TERM = 1 + EXPONENT + GROUP
 ) (
@@ -72,7 +73,13 @@ module offset_dot #(
             carry_save_tree #(.WORDS(ALL+1), .WIDTH(PSUM)) tree (
                 .words(words), .low({(ALL-1){1'b0}}), .sum(sum), .carry(carry)
             );
-            always @(posedge clock) psum[c*PSUM +: PSUM] <= sum + carry;
+            wire [PSUM-1:0] total;
+            if (RIPPLE) begin : chain
+                ripple_adder #(.WIDTH(PSUM)) adder (.a(sum), .b(carry), .sum(total));
+            end else begin : prefix
+                assign total = sum + carry;
+            end
+            always @(posedge clock) psum[c*PSUM +: PSUM] <= total;
         end
     endgenerate
 
