@@ -40,40 +40,44 @@ class OperandSet:
 
 
 def synthetic(
-    budgets: tuple[int, ...], *, folds: int, filters: int, seed: int, group: int = GROUP
+    budgets: tuple[int, ...],
+    *,
+    folds: int,
+    filters: int,
+    seed: int,
+    group: int = GROUP,
+    zeros: float = ZERO_ACTIVATIONS,
+    activation_deviation: float = ACTIVATION_DEVIATION,
+    weight_deviation: float = WEIGHT_DEVIATION,
 ) -> OperandSet:
-    """Gaussian weights, and half-Gaussian activations of which 40 % are zero.
+    """Gaussian weights, and half-Gaussian activations of which a share is zero.
 
     Partial sums from above are those of up to 32 more groups of the same kind, in int8 throughout:
     what differs between PEs is their own work.
     """
     random = np.random.default_rng(seed)
-    weights = _weights(random, (folds, filters, group))
-    activations = _activations(random, (folds, group))
-    rows = random.integers(0, ROWS_ABOVE, size=folds)
+
+    def weights(*shape: int) -> npt.NDArray[np.float64]:
+        return np.clip(random.normal(scale=weight_deviation, size=shape), -127, 127)
+
+    def activations(*shape: int) -> npt.NDArray[np.int64]:
+        values = np.abs(random.normal(scale=activation_deviation, size=shape)).round()
+        return np.where(random.random(shape) < zeros, 0, np.clip(values, 0, 127)).astype(np.int64)
+
+    own_weights, own_activations = weights(folds, filters, group), activations(folds, group)
     psums = np.zeros((folds, filters), np.int64)
-    for fold, count in enumerate(rows):
-        above = _weights(random, (filters, count * group)).round().astype(np.int64)
-        psums[fold] = above @ _activations(random, (count * group,))
+    for fold, count in enumerate(random.integers(0, ROWS_ABOVE, size=folds)):
+        above = weights(filters, count * group).round().astype(np.int64)
+        psums[fold] = above @ activations(count * group)
     return _operand_set(
-        weights,
-        activations,
+        own_weights,
+        own_activations,
         psums,
         budgets,
-        f"synthetic: Gaussian int8 weights of deviation {WEIGHT_DEVIATION:g}, activations "
-        f"half-Gaussian of deviation {ACTIVATION_DEVIATION:g} with {ZERO_ACTIVATIONS:.0%} zeros, "
+        f"synthetic: Gaussian int8 weights of deviation {weight_deviation:g}, activations "
+        f"half-Gaussian of deviation {activation_deviation:g} with {zeros:.0%} zeros, "
         f"{folds} folds of {filters} filters, seed {seed}",
     )
-
-
-def _weights(random: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
-    return np.clip(random.normal(scale=WEIGHT_DEVIATION, size=shape), -127, 127)
-
-
-def _activations(random: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
-    values = np.abs(random.normal(scale=ACTIVATION_DEVIATION, size=shape)).round()
-    zero = random.random(shape) < ZERO_ACTIVATIONS
-    return np.where(zero, 0, np.clip(values, 0, 127)).astype(np.int64)
 
 
 def of_network(

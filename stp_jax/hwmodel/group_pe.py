@@ -9,12 +9,13 @@ and Zhang, SC20).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 
 from stp_jax import terms
+from stp_jax.hwmodel import gates
 from stp_jax.hwmodel.folding import Extents, Folding
 from stp_jax.hwmodel.network import Network
 from stp_jax.hwmodel.numbers import (
@@ -136,9 +137,14 @@ class GroupPE(PE):
             _check_budgets(network, self, k, statistics, relaxed=work.smoothing > 0.0)
         known = xp.asarray(statistics.measured)
         groups = folding.groups * folding.reduction_steps * folding.M
-        terms_held, empty = statistics.within(k, work.smoothing)
-        full = self._full_terms(k, folding, work.smoothing)
-        added = xp.where(known, terms_held, full) * folding.P
+
+        def held(caps: Vector) -> Vector:
+            """Terms of all groups, none counted beyond its cap."""
+            measured = statistics.within(caps, work.smoothing)[0]
+            return xp.where(known, measured, self._full_terms(caps, folding, work.smoothing))
+
+        _, empty = statistics.within(k, work.smoothing)
+        added = held(k) * folding.P
         empty = xp.where(known, empty, xp.where(k > 0.0, 0.0, groups))
         group_size = as_real(self.group_size, xp)
         slot = self.slot_format(k)
@@ -170,7 +176,19 @@ class GroupPE(PE):
             # Two-input multiplexers that select one of g activations; an estimate of the wiring.
             selections=added * (ACTIVATION_BITS * (group_size - 1.0)),
             budgets=k,
+            gates=self._gate_events(work, k, groups, held),
         )
+
+    def _gate_events(
+        self, work: Workload, k: Vector, groups: Vector, held: Callable[[Vector], Vector]
+    ) -> dict[str, Vector] | None:
+        """Events of a table by gates; None where no such PE was measured."""
+        concrete = isinstance(self.group_size, int | float | np.number | np.ndarray)
+        alike = concrete and self.group_size == gates.GROUP_SIZE and self.bits == gates.BITS
+        if not alike or work.folding.dataflow != "is":
+            return None
+        live = gates.live_shares(work.network, work.activations)
+        return gates.group_events(work.folding, k, groups, held, live, work.smoothing)
 
     def _layer_limits(self, extents: Extents) -> Vector:
         """The most terms that a group of any integers needs, integers of shape (layers,)."""
@@ -234,6 +252,7 @@ class TermMac(GroupPE):
             terms=pairs,
             events={"int8_add": 2.0 * pairs},
             selections=None,
+            gates=None,
         )
 
 

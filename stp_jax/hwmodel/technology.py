@@ -13,12 +13,16 @@ import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal, get_args
 
 import jax
 
 from stp_jax.hwmodel.numbers import Real, namespace_of
 
 _SRAM_BYTES = {"sram_8kib_64b": 8 << 10, "sram_32kib_64b": 32 << 10, "sram_1mib_64b": 1 << 20}
+
+
+Basis = Literal["table", "gates"]
 
 
 class MissingEntryError(ValueError):
@@ -42,9 +46,16 @@ class Technology:
     area_um2: Mapping[str, Real]
     # Pairs of ``energy_pj.ENTRY`` or ``area_um2.ENTRY`` and where the number comes from.
     sources: tuple[tuple[str, str], ...] = dataclasses.field(metadata={"static": True})
+    # ``table``: arithmetic, registers and encoders by operation. ``gates``: whole PEs by event,
+    # measured on their netlists (`stp_jax.hwmodel.gates`).
+    basis: Basis = dataclasses.field(default="table", metadata={"static": True})
 
     def __post_init__(self) -> None:
-        """Checks that every entry is positive and has a source."""
+        """Checks the basis, and that every entry is positive and has a source."""
+        if self.basis not in get_args(Basis):
+            raise ValueError(
+                f"{self.name}: basis must be table or gates, got {self.basis!r}"
+            )
         sourced = {entry for entry, source in self.sources if source}
         for kind in ("energy_pj", "area_um2"):
             for entry, value in getattr(self, kind).items():
@@ -161,8 +172,9 @@ def _is_number(value: object) -> bool:
 def read_technology(path: str | Path) -> Technology:
     """Reads a table from JSON or TOML.
 
-    The file has ``name``, ``node_nm`` and two tables, ``energy_pj`` and ``area_um2`` (may be
-    absent), of entries ``{value, source, node_nm}``; an entry's own ``node_nm`` may be left out.
+    The file has ``name``, ``node_nm``, perhaps ``basis``, and two tables, ``energy_pj`` and
+    ``area_um2`` (may be absent), of entries ``{value, source, node_nm}``; an entry's own
+    ``node_nm`` may be left out.
 
     Raises:
       ValueError: unknown suffix, missing keys, values or sources, or an entry of another node.
@@ -206,6 +218,7 @@ def read_technology(path: str | Path) -> Technology:
     return Technology(
         name=content["name"],
         node_nm=float(node),
+        basis=content.get("basis", "table"),
         energy_pj={name: float(entry["value"]) for name, entry in tables["energy_pj"].items()},
         area_um2={name: float(entry["value"]) for name, entry in tables["area_um2"].items()},
         sources=tuple(

@@ -1,0 +1,105 @@
+"""Energy by gates: counts of the events whose energies were measured on synthesised PEs.
+
+A table of arithmetic prices an addition; a table measured by gates prices what a whole processing
+element does in a slot: selector, shifter, adders, registers and clock together
+(`benchmarks/rtl_tables.py`). The first terms of a group are its largest and move the most bits, so
+they have entries of their own; a term that meets an activation of zero moves fewer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from jax.typing import ArrayLike
+
+from stp_jax.hwmodel.folding import Folding
+from stp_jax.hwmodel.network import Network
+from stp_jax.hwmodel.numbers import Vector, as_real, namespace_of
+from stp_jax.hwmodel.smoothing import smooth_minimum
+from stp_jax.hwmodel.term_histogram import lookup
+
+GROUP_SIZE = 8  # of the measured group PE
+BITS = 8
+LIVE_SHARE = 0.6  # of activations that are not zero, where they are not given
+
+MAC_EVENTS = ("mac", "mac_live", "mac_load")
+GROUP_EVENTS = (
+    "group",
+    "group_second_term",
+    "group_third_term",
+    "group_further_term",
+    "group_live_term",
+    "group_live_pair",
+    "group_empty_slot",
+    "group_load",
+)
+EDGE_EVENTS = ("edge_group", "edge_slot")
+
+
+def live_shares(network: Network, activations: Mapping[str, ArrayLike] | None) -> np.ndarray:
+    """Share of each layer's activations that are not zero; 0.6 where they are not given."""
+
+    def share(values: ArrayLike | None) -> float:
+        return LIVE_SHARE if values is None else float((np.asarray(values) != 0).mean())
+
+    return np.array([share(lookup(activations or {}, layer)) for layer in network])
+
+
+def load_cycles(folding: Folding) -> Vector:
+    """PE-cycles in which resident activations move down a row: R * R * C in each fold."""
+    return folding.folds * folding.rows * folding.rows * folding.cols
+
+
+def mac_events(folding: Folding, live: np.ndarray) -> dict[str, Vector]:
+    """Events of `BitParallel` PEs, real vectors over layers."""
+    xp = namespace_of(folding.K)
+    return {
+        "mac": folding.macs,
+        "mac_live": folding.macs * as_real(live, xp),
+        "mac_load": load_cycles(folding),
+    }
+
+
+def group_events(
+    folding: Folding,
+    budgets: Vector,
+    groups: Vector,
+    held: Callable[[Vector], Vector],
+    live: np.ndarray,
+    smoothing: float,
+) -> dict[str, Vector]:
+    """Events of `GroupPE`s, real vectors over layers.
+
+    Args:
+      folding: of the network onto the array.
+      budgets: k.
+      groups: of all filters and products, each met once by every output pixel.
+      held: caps k -> terms of all groups, none counted beyond its cap.
+      live: share of activations that are not zero.
+      smoothing: see `evaluate`.
+    """
+    xp = namespace_of(folding.K)
+    first, second, third = (held(smooth_minimum(budgets, n, smoothing)) for n in (1.0, 2.0, 3.0))
+    terms, live = held(budgets), as_real(live, xp)
+    mean = terms / groups
+    dead = xp.maximum(1.0 - live, 1e-6)  # 0 to a power below 1 has no gradient
+    pairs = 1.0 - dead**mean - mean * live * dead ** (mean - 1.0)
+    events = {
+        "group": groups,
+        "group_second_term": second - first,
+        "group_third_term": third - second,
+        "group_further_term": terms - third,
+        "group_live_term": (terms - first) * live,
+        "group_live_pair": groups * xp.maximum(pairs, 0.0),
+        # The group's own event has a slot, whether it holds a term or not.
+        "group_empty_slot": groups * budgets - terms - (groups - first),
+    }
+    by_pixel = {name: count * folding.P for name, count in events.items()}
+    return {**by_pixel, "group_load": load_cycles(folding)}
+
+
+def edge_events(weights_read: Vector, budgets: Vector) -> dict[str, Vector]:
+    """Events of the rows' edges, encoders and serialiser, for weights that enter as integers."""
+    groups = weights_read / GROUP_SIZE
+    return {"edge_group": groups, "edge_slot": groups * budgets}
