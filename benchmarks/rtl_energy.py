@@ -19,20 +19,24 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.rtl.bench import (
     Measurement,
+    check_design,
     common_period,
     implement_design,
     measure_design,
     target,
 )
 from benchmarks.rtl.catalogue import DESIGNS
-from benchmarks.rtl.operands import OperandSet, synthetic
-from benchmarks.rtl.synthesis import yosys_version
+from benchmarks.rtl.design import Design
+from benchmarks.rtl.edge import COLUMNS, WEIGHT_EDGE
+from benchmarks.rtl.operands import OperandSet, of_network, synthetic
+from benchmarks.rtl.synthesis import Implementation, yosys_version
 
 BUDGETS = (8, 6, 4, 3)
 
@@ -46,56 +50,61 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--folds", type=int, default=8, help="folds of synthetic operands")
     parser.add_argument("--filters", type=int, default=64, help="filters a fold")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the operands")
+    parser.add_argument("--packed", type=Path, help="a packed network in place of random weights")
+    parser.add_argument("--activations", type=Path, help="its recorded activations, as .npz")
     parser.add_argument("--baseline", nargs="+", default=["mac"], choices=DESIGNS)
     parser.add_argument("--group-pe", nargs="+", default=["gpe"], choices=DESIGNS)
+    parser.add_argument("--check", action="store_true", help="compare with OpenSTA at k=8")
     parser.add_argument("--designs", action="store_true", help="all designs of the catalogue")
     arguments = parser.parse_args()
     if not arguments.liberty.is_file():
         parser.error(f"--liberty: no file {arguments.liberty}")
+    if (arguments.packed is None) != (arguments.activations is None):
+        parser.error("--packed and --activations go together")
     return arguments
 
 
-def chosen_designs(arguments: argparse.Namespace) -> list[str]:
-    return list(DESIGNS) if arguments.designs else [*arguments.baseline, *arguments.group_pe]
+def chosen_operands(arguments: argparse.Namespace) -> list[OperandSet]:
+    size = {"folds": arguments.folds, "filters": arguments.filters}
+    if arguments.packed is None:
+        return [synthetic(BUDGETS, seed=seed, **size) for seed in arguments.seeds]
+    files = (arguments.packed, arguments.activations)
+    return [of_network(*files, BUDGETS, seed=seed, **size) for seed in arguments.seeds]
+
+
+def chosen_designs(arguments: argparse.Namespace) -> list[Design]:
+    if arguments.designs:
+        return list(DESIGNS.values())
+    return [DESIGNS[name] for name in (*arguments.baseline, *arguments.group_pe)]
 
 
 def measure_all(arguments: argparse.Namespace, operands: list[OperandSet]) -> dict:
-    """Measurements of every chosen design, at one clock that all of them meet."""
-    names = chosen_designs(arguments)
+    """Measurements of every chosen design and of the edge, at one clock that all of them meet."""
+    chosen = chosen_designs(arguments)
     aim = target(arguments.liberty, period=arguments.clock_ns, wire=arguments.wire)
-    made = {name: implement_design(DESIGNS[name], aim) for name in names}
+    made = {design.name: implement_design(design, aim) for design in (*chosen, WEIGHT_EDGE)}
     period = common_period((i.timing.period for i in made.values()), arguments.clock_ns)
-    designs = {}
-    for name in names:
-        design, netlist = DESIGNS[name], made[name].netlist
-        measured: dict[int, Measurement] = {}
+
+    def measured(design: Design) -> dict:
+        energies: dict[int, Measurement] = {}
         for budget in BUDGETS:
             # Budgets change nothing in a PE that takes int8 weights.
-            measured[budget] = (
+            energies[budget] = (
                 measure_design(
-                    design, made[name], operands, budget, library=aim.library, period=period
+                    design, made[design.name], operands, budget, library=aim.library, period=period
                 )
-                if design.takes_terms or not measured
-                else measured[BUDGETS[0]]
+                if design.takes_terms or not energies
+                else energies[BUDGETS[0]]
             )
-        designs[name] = {
-            "title": design.title,
-            "takes_terms": design.takes_terms,
-            "area_um2": netlist.area,
-            "cells": len(netlist.instances),
-            "flip_flops": sum(bool(i.cell.flip_flop) for i in netlist.instances),
-            "clock_gates": sorted(i.cell.name for i in netlist.instances if i.cell.clock_gate),
-            "min_period_ns": made[name].timing.period,
-            "longest_path_to": made[name].timing.endpoint,
-            "recipe": str(made[name].recipe),
-            "area_um2_per_mac_per_cycle": {
-                str(k): netlist.area / design.multiplications_per_cycle(k) for k in BUDGETS
-            },
-            "pj_per_mac": {str(k): m.pj_per_mac for k, m in measured.items()},
-            "toggles_per_cycle": {str(k): m.toggles_per_cycle for k, m in measured.items()},
-            "breakdown": {str(k): m.by_block for k, m in measured.items()},
-        }
-        print_design(name, designs[name])
+        result = describe(design, made[design.name], energies)
+        if arguments.check:
+            budget = BUDGETS[0]
+            result["check"] = check_design(
+                design, made[design.name], operands[0], budget, aim=aim, period=period
+            )
+        print_design(design.name, result)
+        return result
+
     return {
         "clock_ns": period,
         "library": aim.library.name,
@@ -107,7 +116,30 @@ def measure_all(arguments: argparse.Namespace, operands: list[OperandSet]) -> di
         "yosys": yosys_version(),
         "seeds": arguments.seeds,
         "operands": operands[0].description,
-        "designs": designs,
+        "designs": {design.name: measured(design) for design in chosen},
+        "edge": measured(WEIGHT_EDGE),
+        "edge_columns": COLUMNS,
+    }
+
+
+def describe(design: Design, made: Implementation, energies: Mapping[int, Measurement]) -> dict:
+    netlist = made.netlist
+    return {
+        "title": design.title,
+        "takes_terms": design.takes_terms,
+        "area_um2": netlist.area,
+        "cells": len(netlist.instances),
+        "flip_flops": sum(bool(i.cell.flip_flop) for i in netlist.instances),
+        "clock_gates": sorted(i.cell.name for i in netlist.instances if i.cell.clock_gate),
+        "min_period_ns": made.timing.period,
+        "longest_path_to": made.timing.endpoint,
+        "recipe": str(made.recipe),
+        "area_um2_per_mac_per_cycle": {
+            str(k): netlist.area / design.multiplications_per_cycle(k) for k in BUDGETS
+        },
+        "pj_per_mac": {str(k): m.pj_per_mac for k, m in energies.items()},
+        "toggles_per_cycle": {str(k): m.toggles_per_cycle for k, m in energies.items()},
+        "breakdown": {str(k): m.by_block for k, m in energies.items()},
     }
 
 
@@ -128,15 +160,19 @@ def headline(results: dict) -> dict:
     ours = min(sparse, key=cost)
     mac = designs[baseline]["pj_per_mac"][first]
     group_pe = designs[ours]["pj_per_mac"]
+    encoder = {k: pj / results["edge_columns"] for k, pj in results["edge"]["pj_per_mac"].items()}
     return {
         "baseline": baseline,
         "group_pe": ours,
         "int8_mac_pj_per_mac": mac,
         "group_pe_pj_per_mac": group_pe,
         "saving": {budget: mac / pj for budget, pj in group_pe.items()},
+        "encoder_pj_per_mac": encoder,
+        "saving_with_encoder": {k: mac / (pj + encoder[k]) for k, pj in group_pe.items()},
         "breakdown": {
             "int8_mac": designs[baseline]["breakdown"][first],
             "group_pe": designs[ours]["breakdown"],
+            "edge": results["edge"]["breakdown"],
         },
     }
 
@@ -148,6 +184,10 @@ def print_design(name: str, design: dict) -> None:
         f"(to {design['longest_path_to']})",
         flush=True,
     )
+    if "check" in design:
+        check = design["check"]
+        shares = ", ".join(f"{kind} {x:.3f}" for kind, x in check["bench_over_opensta"].items())
+        print(f"  against OpenSTA: {shares}; shortest period {check['period_ns']:.3f} ns")
     budgets = BUDGETS if design["takes_terms"] else BUDGETS[:1]
     for budget in map(str, budgets):
         blocks = {b: sum(kinds.values()) for b, kinds in design["breakdown"][budget].items()}
@@ -169,18 +209,22 @@ def print_results(results: dict) -> None:
             f"{name:<28}{energies}{design['area_um2']:>9.0f}{per_rate:>11.0f}"
             f"{design['min_period_ns']:>8.3f}"
         )
+    edge = results["edge"]
+    energies = "".join(f"{edge['pj_per_mac'][str(k)] * 8:>9.2f}" for k in BUDGETS)
+    print(
+        f"{'row edge, pJ per group':<28}{energies}{edge['area_um2']:>9.0f}"
+        f"{'':>11}{edge['min_period_ns']:>8.3f}"
+    )
     if "saving" in results:
         saving = "".join(f"{results['saving'][str(k)]:>8.2f}×" for k in BUDGETS)
         print(f"{'saving':<28}{saving}  {results['group_pe']} against {results['baseline']}")
+        saving = "".join(f"{results['saving_with_encoder'][str(k)]:>8.2f}×" for k in BUDGETS)
+        print(f"{'with the encoders':<28}{saving}  one edge for {COLUMNS} columns")
 
 
 def main() -> None:
     arguments = read_arguments()
-    operands = [
-        synthetic(BUDGETS, folds=arguments.folds, filters=arguments.filters, seed=seed)
-        for seed in arguments.seeds
-    ]
-    results = measure_all(arguments, operands)
+    results = measure_all(arguments, chosen_operands(arguments))
     results |= headline(results)
     print_results(results)
     if arguments.out:

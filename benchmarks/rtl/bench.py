@@ -7,8 +7,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.rtl import opensta
 from benchmarks.rtl.design import Design
-from benchmarks.rtl.energy import Energy, measure
+from benchmarks.rtl.energy import KINDS, Energy, half_cv2_of, measure
 from benchmarks.rtl.gate_simulation import simulate
 from benchmarks.rtl.liberty import Library, read_library
 from benchmarks.rtl.operands import OperandSet
@@ -81,6 +82,35 @@ def measure_design(
         by_block=_mean([blocks for blocks, _ in results]),
         toggles_per_cycle=math.fsum(changes for _, changes in results) / len(results),
     )
+
+
+def check_design(
+    design: Design,
+    made: Implementation,
+    operands: OperandSet,
+    budget: int,
+    *,
+    aim: Target,
+    period: float,
+) -> dict:
+    """Power of the cells and shortest period by OpenSTA, and the bench's power over it."""
+    opensta.check_version()
+    netlist, timing = made.netlist, made.timing
+    stimulus = design.drive(operands.at(budget, takes_terms=design.takes_terms), budget)
+    activity = simulate(netlist, timing, stimulus, period=period)
+    energy = measure(netlist, timing, activity, aim.library.voltage)
+    window = (activity.stop - activity.start) * 1e-12
+    undriven = half_cv2_of(netlist.input_nets, timing, activity, aim.library.voltage)
+    ours = {kind: energy.of(kind) * 1e-15 / window for kind in KINDS}
+    ours["switching"] -= undriven * 1e-15 / window
+    theirs = opensta.power(netlist, timing, activity, aim, period=period)
+    by_kind = {kind: getattr(theirs, kind) for kind in KINDS}
+    ratios = {kind: ours[kind] / by_kind[kind] for kind in KINDS}
+    return {
+        "watts": by_kind,
+        "bench_over_opensta": ratios | {"total": sum(ours.values()) / theirs.total},
+        "period_ns": opensta.shortest_period(netlist, timing, aim, period=period),
+    }
 
 
 def _per_mac(energy: Energy, multiplications: int) -> dict[str, dict[str, float]]:

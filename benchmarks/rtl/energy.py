@@ -11,7 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -69,8 +69,7 @@ def measure(netlist: Netlist, timing: Timing, activity: Activity, voltage: float
         driver = netlist.drivers.get(net)
         block = "inputs" if driver is None else blocks[driver[0].name]
         block = "clock" if net in netlist.clock_nets else block
-        half_cv2 = 0.5 * timing.loads[net] * voltage**2
-        total[block]["switching"] += half_cv2 * activity.toggles(net)
+        total[block]["switching"] += half_cv2_of([net], timing, activity, voltage)
     samples = _samples(activity)
     for instance in netlist.instances:
         block = blocks[instance.name]
@@ -85,6 +84,11 @@ def measure(netlist: Netlist, timing: Timing, activity: Activity, voltage: float
             _leakage(instance, activity, samples) * (activity.stop - activity.start) * 1e-6
         )
     return Energy(by_block=total)
+
+
+def half_cv2_of(nets: Iterable[Net], timing: Timing, activity: Activity, voltage: float) -> float:
+    """fJ of switching of some nets."""
+    return sum(0.5 * timing.loads[net] * voltage**2 * activity.toggles(net) for net in nets)
 
 
 def block_of(netlist: Netlist, blocks: Sequence[tuple[str, str]] = BLOCKS) -> dict[str, str]:

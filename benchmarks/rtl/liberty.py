@@ -150,6 +150,7 @@ class Library:
     Attributes:
       name, revision: as the file has them.
       voltage: nominal supply in volts.
+      femtofarads_per_unit: the file's unit of capacitance.
 
     Raises:
       ValueError: the file is no Liberty library, or in units that this reader does not know.
@@ -168,6 +169,7 @@ class Library:
         self.revision = root.value("revision")
         self.voltage = _nominal_voltage(root)
         self._units = _units(root)
+        self.femtofarads_per_unit = self._units.femtofarad
         self._templates = {
             group.arguments[0]: group for group in root.groups if group.kind.endswith("template")
         }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from benchmarks.rtl.design import Operands
 from stp_jax import terms
+from stp_jax.export import load_integers
 
 GROUP = 8
 WEIGHT_DEVIATION = 36.0  # int8 steps: the largest of some 500 Gaussian weights is then near 127
@@ -74,6 +76,100 @@ def _activations(random: np.random.Generator, shape: tuple[int, ...]) -> npt.NDA
     return np.where(zero, 0, np.clip(values, 0, 127)).astype(np.int64)
 
 
+def of_network(
+    packed: Path,
+    activations: Path,
+    budgets: tuple[int, ...],
+    *,
+    folds: int,
+    filters: int,
+    seed: int,
+    group: int = GROUP,
+) -> OperandSet:
+    """Groups of a trained network's layers with the activations that meet them.
+
+    A fold is a random group of a random layer (layers weighted by the square root of their size),
+    at a random pixel whose window lies inside the image, and up to ``filters`` neighbouring
+    filters. What comes from above are the same filters' sums over the groups before it. Weights are
+    projected further where a budget is below that of the file; the int8 PE takes the file's own.
+
+    Args:
+      packed: a file of `stp_jax.export.save_packed`.
+      activations: an .npz of what `stp_jax.hwmodel.record_activations` returns for that model:
+        (N, H, W, C) or (N, C) integers by layer; those above 127 are halved, as the PEs take int8.
+      budgets: terms a group, for the projections.
+      folds: how many groups.
+      filters: of each; layers with fewer are passed over.
+      seed: of the choice.
+      group: size of a group.
+
+    Raises:
+      ValueError: no layer has kernel and activations that fit, or the file is none of these.
+    """
+    kernels = load_integers(packed)
+    with np.load(activations) as file:
+        inputs = {name: file[name] for name in file.files}
+    fitting = {
+        name: (kernel, inputs[name])
+        for name, kernel in kernels.items()
+        if name in inputs and _fits(kernel, inputs[name], filters, group)
+    }
+    if not fitting:
+        raise ValueError(
+            f"no layer with at least {group} input channels, {filters} filters and recorded "
+            f"activations; {packed} has {', '.join(kernels)}, {activations} has {', '.join(inputs)}"
+        )
+    random = np.random.default_rng(seed)
+    shares = np.sqrt([float(kernel.size) for kernel, _ in fitting.values()])
+    chosen = random.choice(list(fitting), size=folds, p=shares / shares.sum())
+    parts = [_sample(*fitting[name], random, filters, group) for name in chosen]
+    weights, resident, psums = (np.stack(column) for column in zip(*parts, strict=True))
+    return _operand_set(
+        weights.astype(np.float64),
+        resident,
+        psums,
+        budgets,
+        f"layers {', '.join(fitting)} of {packed.name} with {activations.name}, "
+        f"{folds} folds of {filters} filters, seed {seed}",
+    )
+
+
+def _fits(kernel: npt.NDArray[np.integer], inputs: npt.NDArray, filters: int, group: int) -> bool:
+    """Dense layers and convolutions whose channels hold a group and whose filters suffice."""
+    return (
+        kernel.ndim in (2, 4)
+        and inputs.ndim == kernel.ndim
+        and kernel.shape[-2] == inputs.shape[-1] >= group
+        and kernel.shape[-1] >= filters
+        and all(x >= w for x, w in zip(inputs.shape[1:-1], kernel.shape[:-2], strict=True))
+    )
+
+
+def _sample(
+    kernel: npt.NDArray[np.integer],
+    inputs: npt.NDArray[np.integer],
+    random: np.random.Generator,
+    filters: int,
+    group: int,
+) -> tuple[npt.NDArray, npt.NDArray, npt.NDArray]:
+    """Weights [filters, group], activations [group] and partial sums [filters] of one group."""
+    window = kernel.shape[:-2]
+    corner = [random.integers(x - w + 1) for x, w in zip(inputs.shape[1:-1], window, strict=True)]
+    image = inputs[random.integers(len(inputs))]
+    patch = image[tuple(slice(c, c + w) for c, w in zip(corner, window, strict=True))]
+    patch = patch.astype(np.int64)
+    if patch.max(initial=0) > 127 or inputs.max() > 127:
+        patch = patch // 2
+    channels = kernel.shape[-2] // group * group  # whole groups
+    first = random.integers(kernel.shape[-1] - filters + 1)
+    taken = kernel[..., :channels, first : first + filters].astype(np.int64)
+    rows = taken.reshape(-1, group, filters)  # groups along (window, channels)
+    values = patch[..., :channels].reshape(-1, group)
+    number = random.integers(len(rows))
+    above = np.einsum("rgm,rg->m", rows[:number], values[:number])
+    return rows[number].T, values[number], above
+
+
 def _operand_set(
     weights: npt.NDArray,
     activations: npt.NDArray[np.int64],
@@ -85,7 +181,11 @@ def _operand_set(
     projected = {
         k: np.asarray(terms.project(weights, group_size=group, budget=k, axis=-1)) for k in budgets
     }
-    dense = Operands(activations=activations, weights=weights.round().astype(np.int64), psums=psums)
+    dense = Operands(
+        activations=activations,
+        weights=np.clip(weights.round(), -128, 127).astype(np.int64),
+        psums=psums,
+    )
     return OperandSet(
         dense=dense,
         by_budget={k: dataclasses.replace(dense, weights=w) for k, w in projected.items()},

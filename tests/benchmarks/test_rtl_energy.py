@@ -1,5 +1,6 @@
 """The measuring bench, on netlists whose energy can be counted by hand."""
 
+import itertools
 import shutil
 import sys
 from pathlib import Path
@@ -7,10 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.rtl import opensta
 from benchmarks.rtl.design import Stimulus
+from benchmarks.rtl.edge import WEIGHT_EDGE
 from benchmarks.rtl.energy import measure
 from benchmarks.rtl.gate_simulation import Activity, simulate
 from benchmarks.rtl.netlist import Instance, Netlist, size_clock_gates, structure
+from benchmarks.rtl.operands import synthetic
+from benchmarks.rtl.play import play_design
 from benchmarks.rtl.synthesis import Target, synthesise
 from benchmarks.rtl.timing import Conditions, analyse
 from stp_jax.hwmodel.rtl.simulate import icarus_available
@@ -124,7 +129,7 @@ def test_a_pulse_shorter_than_a_gate_is_swallowed(tiny):
     def glitches(inverters):
         cells = [Instance(name="u", cell=tiny.cell("NAND2"), pins={"A": 2, "B": 9, "Y": 20})]
         nets = [2, *range(10, 10 + inverters - 1), 9]
-        for i, (source, sink) in enumerate(zip(nets[:-1], nets[1:], strict=True)):
+        for i, (source, sink) in enumerate(itertools.pairwise(nets)):
             pins = {"A": source, "Y": sink}
             cells.append(Instance(name=f"i{i}", cell=tiny.cell("INV"), pins=pins))
         netlist = Netlist(
@@ -205,3 +210,18 @@ def _first_value(netlist, seed):
     random = np.random.default_rng(seed)
     values = {i.pins["Q"]: int(random.integers(2)) for i in netlist.instances if i.cell.flip_flop}
     return sum(values[net] << bit for bit, net in enumerate(netlist.outputs["out"]))
+
+
+@needs_icarus
+def test_the_edge_gives_the_terms_of_a_group_in_its_slots():
+    operands = synthetic((8, 1), folds=1, filters=24, seed=0)
+    for budget in (8, 1):
+        stimulus = WEIGHT_EDGE.drive(operands.by_budget[budget], budget)
+        assert stimulus.measured[1] - stimulus.measured[0] == 24 * budget
+        play_design(WEIGHT_EDGE, stimulus)
+
+
+def test_an_old_opensta_is_refused(monkeypatch):
+    monkeypatch.setattr(opensta, "version", lambda: (2, 0, 17))
+    with pytest.raises(FileNotFoundError, match=r"2\.0\.17"):
+        opensta.check_version()

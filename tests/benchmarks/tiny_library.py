@@ -6,6 +6,10 @@ library (tiny) {
   time_unit : "1ps"; voltage_unit : "1V"; leakage_power_unit : "1uW";
   capacitive_load_unit (1, pf);
   revision : "7";
+  input_threshold_pct_rise : 50; input_threshold_pct_fall : 50;
+  output_threshold_pct_rise : 50; output_threshold_pct_fall : 50;
+  slew_lower_threshold_pct_rise : 30; slew_lower_threshold_pct_fall : 30;
+  slew_upper_threshold_pct_rise : 70; slew_upper_threshold_pct_fall : 70;
   operating_conditions (typical) { voltage : 1.00; }
   lu_table_template (delay) {
     variable_1 : input_net_transition; variable_2 : total_output_net_capacitance;
