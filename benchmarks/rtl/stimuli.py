@@ -380,8 +380,8 @@ def drive_term_dot(
       groups: in the PE.
       columns: that share the terms.
       indexed: terms hold the index; else selects, one-hot.
-      form: ``plain``; ``offset``: a subtracted term adds its complement; ``split``: sums of added and
-        of subtracted terms. The latter two take unsigned activations, and their sums hold what
+      form: ``plain``; ``offset``: a subtracted term adds its complement; ``split``: sums of added
+        and of subtracted terms. The latter two take unsigned activations, and their sums hold what
         depends on the weights alone.
       latency: cycles from a pass's terms to its sum.
       psum: bits of a partial sum.
