@@ -32,17 +32,24 @@ def _term_dot(*, lanes: int, groups: int = 1, columns: int = 1, indexed: bool = 
     )
 
 
-def _offset_dot(*, lanes: int, groups: int = 1, columns: int = 1) -> Design:
-    """A feed-forward group PE in offset form of this shape."""
+_TERM_TITLES = {
+    "offset": "complements in offset form",
+    "split": "added and subtracted terms apart",
+}
+
+
+def _unsigned_dot(form: str, *, lanes: int, groups: int = 1, columns: int = 1) -> Design:
+    """A feed-forward group PE without signed operands of this shape."""
     shape = {"lanes": lanes, "groups": groups, "columns": columns}
     return Design(
-        name=f"offset_dot_{lanes}x{groups}x{columns}",
-        title=f"group PE in offset form, {lanes} terms of {groups} groups, {columns} columns",
-        top="offset_dot",
-        sources=(VERILOG / "carry_save.v", VERILOG / "offset_dot.v"),
+        name=f"{form}_dot_{lanes}x{groups}x{columns}",
+        title=f"group PE, {lanes} terms of {groups} groups a cycle, {columns} columns, "
+        + _TERM_TITLES[form],
+        top=f"{form}_dot",
+        sources=(VERILOG / "carry_save.v", VERILOG / f"{form}_dot.v"),
         parameters={name.upper(): value for name, value in shape.items()},
         group=8,
-        driver=functools.partial(drive_term_dot, **shape, offset=True),
+        driver=functools.partial(drive_term_dot, **shape, form=form),
         rate=lambda budget: 8 * groups * columns / passes(budget, lanes),
     )
 
@@ -104,8 +111,11 @@ _ALL = (
     _term_dot(lanes=4, columns=4),
     _term_dot(lanes=4, columns=4, indexed=True),
     _term_dot(lanes=4, groups=2, columns=4),
-    _offset_dot(lanes=4),
-    _offset_dot(lanes=4, groups=2, columns=4),
+    *(
+        _unsigned_dot(form, lanes=lanes, groups=groups, columns=columns)
+        for form in ("offset", "split")
+        for lanes, groups, columns in ((4, 1, 1), (4, 2, 4))
+    ),
 )
 
 DESIGNS = {design.name: design for design in _ALL}

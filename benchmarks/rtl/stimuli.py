@@ -367,7 +367,7 @@ def drive_term_dot(
     groups: int = 1,
     columns: int = 1,
     indexed: bool = False,
-    offset: bool = False,
+    form: str = "plain",
     latency: int = 1,
     psum: int = 28,
 ) -> Stimulus:
@@ -380,7 +380,9 @@ def drive_term_dot(
       groups: in the PE.
       columns: that share the terms.
       indexed: terms hold the index; else selects, one-hot.
-      offset: unsigned activations and operands; sums then hold what depends on the weights alone.
+      form: ``plain``; ``offset``: a subtracted term adds its complement; ``split``: sums of added
+        and of subtracted terms. The latter two take unsigned activations, and their sums hold what
+        depends on the weights alone.
       latency: cycles from a pass's terms to its sum.
       psum: bits of a partial sum.
     """
@@ -393,15 +395,15 @@ def drive_term_dot(
     slots = {name: np.moveaxis(values, 3, 2) for name, values in slots.items()}
     psums, sums = _pass_sums(tiled, slots, groups)
     resident = tiled.activations.reshape(folds, -1)
-    if offset:
+    if form != "plain":
         zero_point = 128 if resident.min() < 0 else 0
         resident = resident + zero_point
-        sums = sums + _offsets(slots, zero_point)[..., None]
+        sums = sums + _offsets(slots, zero_point, form)[..., None]
     words, bits = _term_words(slots, group, indexed=indexed)
     plan = Schedule(folds, filters * count)
     return Stimulus(
         inputs={
-            **plan.loads(pack(resident, WIDTH), bus=offset),
+            **plan.loads(pack(resident, WIDTH), bus=form != "plain"),
             "terms_in": plan.port(pack(words, bits), plan.stream),
             "psum_in": plan.port(pack(psums, psum), plan.stream, hold=True),
         },
@@ -418,12 +420,17 @@ def drive_term_dot(
     )
 
 
-def _offsets(slots: dict[str, npt.NDArray[np.int64]], zero_point: int) -> npt.NDArray[np.int64]:
-    """What offset form adds to each pass's sum: [folds, filters, passes]."""
+def _offsets(
+    slots: dict[str, npt.NDArray[np.int64]], zero_point: int, form: str
+) -> npt.NDArray[np.int64]:
+    """What this form adds to each pass's sum: [folds, filters, passes]."""
     scale = slots["valid"] << slots["exponent"]
     signed = scale * (1 - 2 * slots["sign"])
-    added = 255 * scale * slots["sign"] + zero_point * signed
-    return added.sum(axis=(-1, -2))
+    added = zero_point * signed.sum(axis=(-1, -2))
+    if form == "offset":
+        return added + (255 * scale * slots["sign"]).sum(axis=(-1, -2))
+    lanes = slots["sign"].shape[-1] * slots["sign"].shape[-2]
+    return added + 2 * ((1 << (2 * WIDTH - 1 + (lanes - 1).bit_length())) - 1)
 
 
 def _pass_sums(

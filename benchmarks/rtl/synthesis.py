@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 
+from benchmarks.rtl import full_adders
 from benchmarks.rtl.liberty import Library, read_text
 from benchmarks.rtl.netlist import Netlist, read_netlist, size_clock_gates
 from benchmarks.rtl.timing import Conditions, Timing, analyse
@@ -160,16 +161,22 @@ def synthesise(
             f"set_driving_cell {default_driver(target.library)}\n"
             f"set_load {target.conditions.output_load:.3f}\n"
         )
+        adders = full_adders.uses_full_adders(sources)
+        if adders:
+            full_adders.write_maps(directory, target.library)
         run_yosys(
             [
                 f"read_verilog {' '.join(pathlib.Path(source).name for source in sources)}",
+                *([f"blackbox {full_adders.MODULE}"] if adders else []),
                 *(f"chparam -set {name} {value} {top}" for name, value in parameters.items()),
                 f"hierarchy -check -top {top}",
+                *(full_adders.before_synthesis() if adders else []),
                 f"synth -flatten -top {top} {recipe.adders}",
                 "dfflegalize -cell $_DFF_P_ x -cell $_DFFE_PP_ x",
                 f"clockgate -liberty cells.lib -min_net_size {SMALLEST_GATED} {dont_use}",
                 "dfflegalize -cell $_DFF_P_ x",
                 f"dfflibmap -liberty cells.lib {dont_use}",
+                *(["techmap -map adders.v"] if adders else []),
                 f"abc -liberty cells.lib -constr abc.constr -script map.abc {dont_use}",
                 "opt_clean -purge",
                 "write_json netlist.json",
