@@ -109,7 +109,7 @@ def evaluate(
     )
     activity = array.pe.activity(work)
     moved = traffic(network, array, folding, activity.weight_bits, smoothing)
-    energies = _energy(array, technology, activity, moved)
+    energies = _energy(array, technology, activity, moved, smoothing)
     select_pj = energies.pop("select")
     compute = folding.fill_cycles + activity.cycles
     first_fill = moved.first_fill_bytes / array.dram_bandwidth
@@ -161,11 +161,15 @@ def _check_kinds(network: object, array: object, weights: object, technology: ob
 
 
 def _energy(
-    array: Array, technology: Technology, activity: Activity, moved: Traffic
+    array: Array,
+    technology: Technology,
+    activity: Activity,
+    moved: Traffic,
+    smoothing: float,
 ) -> dict[str, Vector]:
     """Energy by component, and of selection; traced where the technology alone is traced."""
     if technology.basis == "gates":
-        return _gate_energy(array, technology, activity, moved)
+        return _gate_energy(array, technology, activity, moved, smoothing)
     xp = namespace_of(moved.dram_bytes, *technology.energy_pj.values())
     encoder = [] if activity.encoder is None else [activity.encoder]
     selection = [] if activity.selections is None else ["int8_shift"]
@@ -202,7 +206,11 @@ def _memory_energy(array: Array, technology: Technology, moved: Traffic) -> dict
 
 
 def _gate_energy(
-    array: Array, technology: Technology, activity: Activity, moved: Traffic
+    array: Array,
+    technology: Technology,
+    activity: Activity,
+    moved: Traffic,
+    smoothing: float,
 ) -> dict[str, Vector]:
     """As `_energy`, of PEs and edges measured as a whole."""
     if activity.gates is None:
@@ -215,7 +223,7 @@ def _gate_energy(
     edge: dict[str, Vector] = {}
     if activity.encoder is not None and activity.budgets is not None:
         read = moved.accesses["sram_filter_read"] * activity.encoded_share
-        edge = gates.edge_events(read, activity.budgets)
+        edge = gates.edge_events(read, activity.budgets, smoothing)
     technology.require([*activity.gates, *edge, "dram_64b"])
     zero = xp.zeros_like(as_real(moved.dram_bytes, xp))
 

@@ -31,10 +31,11 @@ GROUP_EVENTS = (
     "group_further_term",
     "group_live_term",
     "group_live_pair",
-    "group_empty_slot",
+    "group_first_empty_slot",
+    "group_further_empty_slot",
     "group_load",
 )
-EDGE_EVENTS = ("edge_group", "edge_slot")
+EDGE_EVENTS = ("edge_group", "edge_second_slot", "edge_further_slot")
 
 
 def live_shares(network: Network, activations: Mapping[str, ArrayLike] | None) -> np.ndarray:
@@ -82,6 +83,8 @@ def group_events(
     xp = namespace_of(folding.K)
     first, second, third = (held(smooth_minimum(budgets, n, smoothing)) for n in (1.0, 2.0, 3.0))
     terms, live = held(budgets), as_real(live, xp)
+    # Groups of at least one term whose last slot is empty; a group without any has nothing to end.
+    ending = first - (terms - held(xp.maximum(budgets - 1.0, 0.0)))
     mean = terms / groups
     dead = xp.maximum(1.0 - live, 1e-6)  # 0 to a power below 1 has no gradient
     pairs = 1.0 - dead**mean - mean * live * dead ** (mean - 1.0)
@@ -92,14 +95,24 @@ def group_events(
         "group_further_term": terms - third,
         "group_live_term": (terms - first) * live,
         "group_live_pair": groups * xp.maximum(pairs, 0.0),
+        "group_first_empty_slot": ending,
         # The group's own event has a slot, whether it holds a term or not.
-        "group_empty_slot": groups * budgets - terms - (groups - first),
+        "group_further_empty_slot": groups * budgets - terms - (groups - first) - ending,
     }
     by_pixel = {name: count * folding.P for name, count in events.items()}
     return {**by_pixel, "group_load": load_cycles(folding)}
 
 
-def edge_events(weights_read: Vector, budgets: Vector) -> dict[str, Vector]:
-    """Events of the rows' edges, encoders and serialiser, for weights that enter as integers."""
+def edge_events(weights_read: Vector, budgets: Vector, smoothing: float = 0.0) -> dict[str, Vector]:
+    """Events of the rows' edges, encoders and serialiser, for weights that enter as integers.
+
+    A group with its first slot, then its second, with which the serialiser begins to work, and the
+    others; slots without a term cost almost the same.
+    """
     groups = weights_read / GROUP_SIZE
-    return {"edge_group": groups, "edge_slot": groups * budgets}
+    first, second = (smooth_minimum(budgets, n, smoothing) for n in (1.0, 2.0))
+    return {
+        "edge_group": groups,
+        "edge_second_slot": groups * (second - first),
+        "edge_further_slot": groups * (budgets - second),
+    }

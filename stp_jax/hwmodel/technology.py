@@ -53,9 +53,7 @@ class Technology:
     def __post_init__(self) -> None:
         """Checks the basis, and that every entry is positive and has a source."""
         if self.basis not in get_args(Basis):
-            raise ValueError(
-                f"{self.name}: basis must be table or gates, got {self.basis!r}"
-            )
+            raise ValueError(f"{self.name}: basis must be table or gates, got {self.basis!r}")
         sourced = {entry for entry, source in self.sources if source}
         for kind in ("energy_pj", "area_um2"):
             for entry, value in getattr(self, kind).items():

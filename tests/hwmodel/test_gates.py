@@ -62,12 +62,12 @@ def test_slots_without_a_term_are_empty():
     weights[::8] = 5  # two terms, in one weight of every group
     groups = 64 // 8 * 16 * 5
     counted = {
-        event: _count(event, budgets=6, weights={"fc": weights})
-        for event in ("group", "group_second_term", "group_third_term", "group_empty_slot")
+        event: _count(event, budgets=6, weights={"fc": weights}) for event in gates.GROUP_EVENTS
     }
     assert counted["group"] == counted["group_second_term"] == pytest.approx(groups)
     assert counted["group_third_term"] == pytest.approx(0, abs=1e-3)
-    assert counted["group_empty_slot"] == pytest.approx(groups * (6 - 2))
+    assert counted["group_first_empty_slot"] == pytest.approx(groups)
+    assert counted["group_further_empty_slot"] == pytest.approx(groups * 3)
 
 
 def test_the_share_of_zeros_is_that_of_the_activations():
@@ -81,7 +81,9 @@ def test_the_share_of_zeros_is_that_of_the_activations():
 def test_the_edge_serialises_every_group_that_is_read():
     read = 64 // 8 * 16 * 2  # once for each of two column folds
     assert _count("edge_group", component="encoder", budgets=5) == pytest.approx(read)
-    assert _count("edge_slot", component="encoder", budgets=5) == pytest.approx(5 * read)
+    assert _count("edge_second_slot", component="encoder", budgets=5) == pytest.approx(read)
+    further = _count("edge_further_slot", component="encoder", budgets=5)
+    assert further == pytest.approx(3 * read)
     packed = dataclasses.replace(GROUP_ARRAY, pe=hwmodel.GroupPE(group_size=8, packed=True))
     assert _count("edge_group", packed, component="encoder", budgets=5) == 0.0
 
@@ -140,6 +142,7 @@ def test_terms_are_sorted_into_the_events_exactly():
         "group_second_term": held >= 2,
         "group_third_term": held >= 3,
         "group_further_term": np.maximum(held - 3, 0),
-        "group_empty_slot": 4 - np.maximum(held, 1),
+        "group_first_empty_slot": (held > 0) & (held < 4),
+        "group_further_empty_slot": np.where(held == 0, 3, np.maximum(3 - held, 0)),
     }.items():
         assert _count(event, **given) == pytest.approx(5 * expected.sum(), abs=1e-3), event
