@@ -102,7 +102,7 @@ _ALL = (
     *(
         _mac_dot(lanes=lanes, columns=columns, form=form)
         for form in ("plain", "offset", "booth")
-        for lanes, columns in ((1, 1), (4, 1), (8, 1), (16, 1), (16, 4))
+        for lanes, columns in ((1, 1), (8, 1), (16, 4))
     ),
     _term_dot(lanes=2),
     _term_dot(lanes=4),
@@ -112,10 +112,12 @@ _ALL = (
     _term_dot(lanes=4, columns=4, indexed=True),
     _term_dot(lanes=4, groups=2, columns=4),
     *(
-        _unsigned_dot(form, lanes=lanes, groups=groups, columns=columns)
-        for form in ("offset", "split")
-        for lanes, groups, columns in ((4, 1, 1), (4, 2, 4))
+        _unsigned_dot("offset", lanes=lanes, groups=groups, columns=columns)
+        for lanes, groups, columns in (
+            *((2, 1, 1), (4, 1, 1), (8, 1, 1), (4, 1, 4), (4, 2, 4), (8, 2, 4), (4, 4, 8)),
+        )
     ),
+    _unsigned_dot("split", lanes=4, groups=2, columns=4),
 )
 
 DESIGNS = {design.name: design for design in _ALL}

@@ -312,7 +312,7 @@ def drive_mac_dot(
     plan = Schedule(folds, filters)
     return Stimulus(
         inputs={
-            **plan.loads(pack(resident + zero_point, WIDTH), bus=form != "plain"),
+            **plan.loads(pack(resident + zero_point, WIDTH), bus=True),
             "weights_in": plan.port(pack(words, bits), plan.stream),
             "psum_in": plan.port(pack(tiled.psums, psum), plan.stream, hold=True),
         },
@@ -344,19 +344,24 @@ def lane_terms(
 ) -> dict[str, npt.NDArray[np.int64]]:
     """Terms of groups [..., g] by pass and lane: fields [..., passes, lanes].
 
-    A group's terms are free in their order. They are spread evenly over the passes, and within a
-    pass added terms fill the lanes from below and subtracted ones from above, so that a lane's sign
-    seldom changes; the exponent of an empty slot is zero.
+    A group's terms are free in their order. They are spread evenly over the passes, so that lanes
+    beyond those needed stay idle, and within a pass added terms fill the lanes from below and
+    subtracted ones from above, so that a lane's sign seldom changes.
     """
     count = passes(budget, lanes)
-    slots = terms(weights, count * lanes)
+    used = -(-budget // count)
+    slots = terms(weights, count * used)
     slots = {
-        name: np.swapaxes(values.reshape(*values.shape[:-1], lanes, count), -1, -2)
+        name: np.swapaxes(values.reshape(*values.shape[:-1], used, count), -1, -2)
         for name, values in slots.items()
     }
     key = np.where(slots["valid"] == 0, 1, 2 * slots["sign"])
     order = np.argsort(key, axis=-1, kind="stable")
-    return {name: np.take_along_axis(values, order, axis=-1) for name, values in slots.items()}
+    idle = [(0, 0)] * (order.ndim - 1) + [(0, lanes - used)]
+    return {
+        name: np.pad(np.take_along_axis(values, order, axis=-1), idle)
+        for name, values in slots.items()
+    }
 
 
 def drive_term_dot(
