@@ -45,6 +45,7 @@ class Config:
     data: str = "digits"  # "digits", "python_docs" (text), "folder", or a TFDS image data set
     data_dir: str | None = None  # where the folder or TFDS's prepared data lie
     on_corrupt: Literal["error", "skip"] = "error"  # unreadable images in a folder
+    validation: float = 0.1  # fraction held out of training, by class; choices are made on it
     augment: str = "none"  # of training images
     image_size: int | None = None  # side in pixels; None keeps the data set's
     window: int = 64  # characters that a language model reads at once
@@ -98,6 +99,7 @@ class Config:
 
     # Whether the retrained model is evaluated in integers as well.
     check_integers: bool = True
+    test: bool = True  # read the test examples, once, when all stages are done
 
     # Accelerator.
     rows: int = 32
@@ -117,7 +119,10 @@ class Config:
         "eval_batch_size",
         "data_dir",
         "sharding",
+        "test",
     )
+    # What runs did before a key was there, where that is not its default.
+    BEFORE: ClassVar = {"validation": 0.0}
 
     def __post_init__(self) -> None:  # noqa: D105
         _check(self)
@@ -151,6 +156,9 @@ def _check(c: Config) -> None:
         need(getattr(c, key) >= 0, key, "0 or more")
     for key in ("float_lr", "guided_lr", "retrain_lr", "budget_lr", "temperature"):
         need(getattr(c, key) > 0, key, "positive")
+    need(0 <= c.validation <= 0.5, "validation", "from 0 to 0.5")
+    if not (c.validation or c.test):
+        raise ConfigError("test=false needs examples to evaluate on; set validation above 0")
     for key in ("warmup", "distill", "guidance"):
         need(0 <= getattr(c, key) <= 1, key, "in [0, 1]")
     for key in ("momentum", "label_smoothing"):
@@ -319,7 +327,8 @@ def differences(ours: Any, theirs: Mapping[str, Any]) -> list[str]:
     """What differs in effect from a stored configuration, as ``key: theirs → ours``."""
     mine, stored = (json.loads(json.dumps(x)) for x in (dataclasses.asdict(ours), dict(theirs)))
     # A run of an older version did what a key that it did not know has as its default.
-    stored = {**json.loads(json.dumps(dataclasses.asdict(type(ours)()))), **stored}
+    unsaid = {**dataclasses.asdict(type(ours)()), **getattr(ours, "BEFORE", {})}
+    stored = {**json.loads(json.dumps(unsaid)), **stored}
     keys = [key for key in mine if key not in getattr(ours, "BOOKKEEPING", ())]
     return [
         f"{key}: {stored.get(key)!r} → {mine[key]!r}"

@@ -89,7 +89,7 @@ class Context:
 
 # Data other than images, by the value of the key ``data``.
 DATA: dict[str, Callable[[Config], data.TrainingData]] = {
-    data.TEXT: lambda config: data.load_text(window=config.window),
+    data.TEXT: lambda c: data.load_text(window=c.window, validation=c.validation),
 }
 
 
@@ -101,7 +101,12 @@ def load_data(config: Config) -> data.TrainingData:
     """
     if config.data in DATA:
         return DATA[config.data](config)
-    dataset = data.load(config.data, data_dir=config.data_dir, on_corrupt=config.on_corrupt)
+    dataset = data.load(
+        config.data,
+        data_dir=config.data_dir,
+        on_corrupt=config.on_corrupt,
+        validation=config.validation,
+    )
     return data.ImageData(dataset=dataset, augment=config.augment, image_size=config.image_size)
 
 

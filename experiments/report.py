@@ -65,7 +65,11 @@ def write_results(context: Context, outcome: Outcome, name: str) -> dict[str, An
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         "machine": platform.platform(),
         "seed": config.seed,
-        "top1_percent": outcome.top1,
+        "top1_percent": outcome.test or None,
+        "validation_top1_percent": outcome.validation or None,
+        "examples": {
+            split: len(getattr(context.dataset, split)) for split in ("train", "validation", "test")
+        },
         "terms_per_weight": _terms(outcome, config.encoding),
         "budgets": outcome.budgets,
         "bytes": export.packed_sizes(outcome.model).total._asdict(),
@@ -88,13 +92,21 @@ def write_results(context: Context, outcome: Outcome, name: str) -> dict[str, An
     return results
 
 
+def _accuracies(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Top-1 by stage of each split that was evaluated, in percent."""
+    found = {"validation": "validation_top1_percent", "test": "top1_percent"}
+    return {split: results[key] for split, key in found.items() if results[key]}
+
+
 def _print(console: Console, results: dict[str, Any], ours: hwmodel.Report) -> None:
-    top1, terms = results["top1_percent"], results["terms_per_weight"]
+    terms = results["terms_per_weight"]
     console.print(f"\n{results['dataset']}; {results['device']}", highlight=False)
     console.print(ours.table(), highlight=False, soft_wrap=True)
     console.print(
-        "\ntop-1 "
-        + ", ".join(f"{stage} {top1[stage]:.2f} %" for stage in top1)
+        "".join(
+            f"\n{split} top-1 " + ", ".join(f"{stage} {v:.2f} %" for stage, v in top1.items())
+            for split, top1 in _accuracies(results).items()
+        )
         + f"\nterms per weight {terms['budgeted_layers']:.3f} over the layers with budgets, "
         f"{terms['all_layers']:.3f} over all"
         + "\nkB: "
@@ -116,10 +128,17 @@ def _plot(folder: Path, results: dict[str, Any]) -> None:
     folder.mkdir(exist_ok=True)
 
     figure, axes = _figure()
-    stages, values = zip(*results["top1_percent"].items(), strict=True)
-    axes.bar_label(axes.bar(stages, values), fmt="%.2f")
+    accuracies = _accuracies(results)
+    width, lowest = 0.8 / len(accuracies), 100.0
+    for i, (split, top1) in enumerate(accuracies.items()):
+        bars = axes.bar(np.arange(len(top1)) + i * width, list(top1.values()), width, label=split)
+        axes.bar_label(bars, fmt="%.1f", fontsize="small")
+        axes.set_xticks(np.arange(len(top1)) + width / 2 * (len(accuracies) - 1), list(top1))
+        lowest = min(lowest, *top1.values())
     axes.set(ylabel="top-1 accuracy (%)", title=results["dataset"])
-    axes.set_ylim(max(0, min(values) - 5), 100.5)
+    axes.title.set_fontsize("small")
+    axes.legend(loc="lower left")
+    axes.set_ylim(max(0, lowest - 5), 101)
     figure.savefig(folder / "accuracy_by_stage.png", dpi=150)
 
     figure, axes = _figure()

@@ -58,7 +58,8 @@ class Run:
 class Outcome(NamedTuple):
     """What a run leaves: accuracies by stage in percent, and the final model."""
 
-    top1: dict[str, float]
+    validation: dict[str, float]  # empty if no examples are held out
+    test: dict[str, float]  # empty unless they were read
     budgets: dict[str, int]
     model: nnx.Module  # what the last stage left, in evaluation mode
 
@@ -67,11 +68,16 @@ def train(context: Context) -> Outcome:
     """Runs all stages; what an earlier, interrupted call finished is read, not repeated."""
     record = Record(context)
     run = Run(context, record, make_model(context))
+    reported = {}
     for name in context.config.stages:
         model = STAGES[name].action(run)
         if model is not None:
-            record.top1(name, model)
-    return Outcome(record.values["top1"], run.budgets, run.model)
+            reported[name] = nnx.clone(model)  # later stages change their model in place
+            record.accuracy("validation", name, model)
+    # The test examples are read once, when there is nothing left to choose.
+    for name, model in reported.items():
+        record.accuracy("test", name, model)
+    return Outcome(record.values["validation"], record.values["test"], run.budgets, run.model)
 
 
 # --- The stages -----------------------------------------------------------------------------------
@@ -81,11 +87,19 @@ def train(context: Context) -> Outcome:
 def float_stage(run: Run) -> nnx.Module:
     """The baseline, and the teacher of what follows."""
     c = run.config
-    run.train(Training("float", c.float_epochs, c.float_lr, "float_lr"))
+    run.train(Training("float", c.float_epochs, c.float_lr, "float_lr", in_float=True))
     run.model.eval()
     if is_first():
         export.save_variables(run.model, run.context.workdir / "float.safetensors")
     run.teacher = run.model
+    return run.model
+
+
+def float_retrained_stage(run: Run) -> nnx.Module:
+    """The float model trained on by the recipe of the retraining: the baseline of equal steps."""
+    c = run.config
+    epochs, lr = c.retrain_epochs, c.retrain_lr
+    run.train(Training("float_retrained", epochs, lr, in_float=True, distill=c.distill))
     return run.model
 
 
@@ -164,6 +178,7 @@ class Stage(NamedTuple):
 
 STAGES: dict[str, Stage] = {
     "float": Stage(float_stage),
+    "float_retrained": Stage(float_retrained_stage, needs=("float",)),
     "int8": Stage(int8_stage, needs=("float",)),
     "allocated": Stage(allocated_stage, needs=("int8",)),
     "guided": Stage(guided_stage, needs=("allocated",)),
@@ -263,7 +278,7 @@ class Record:
         self.values: dict[str, Any] = from_first(self._read)
 
     def _read(self) -> dict[str, Any]:
-        empty: dict[str, Any] = {"top1": {}}
+        empty: dict[str, Any] = {"validation": {}, "test": {}}
         try:
             values = json.loads(self._path.read_text())
         except FileNotFoundError:
@@ -271,7 +286,7 @@ class Record:
         except ValueError:  # what it held is found again from the checkpoints
             print(f"{self._path} is damaged: finding its values again")
             return empty
-        return values if isinstance(values, dict) and "top1" in values else empty
+        return values if isinstance(values, dict) and set(empty) <= set(values) else empty
 
     def _write(self) -> None:
         if is_first():
@@ -284,9 +299,13 @@ class Record:
             self._write()
         return self.values[key]
 
-    def top1(self, stage: str, model: nnx.Module) -> None:
-        """Measures the accuracy after a stage, unless it is known, and prints it."""
-        if stage not in self.values["top1"]:
-            self.values["top1"][stage] = evaluate(self._context, model)
+    def accuracy(self, split: str, stage: str, model: nnx.Module) -> None:
+        """Measures top-1 after a stage, unless it is known or not asked for, and prints it."""
+        context, values = self._context, self.values[split]
+        asked = context.config.test if split == "test" else len(context.dataset.validation) > 0
+        if not asked:
+            return
+        if stage not in values:
+            values[stage] = evaluate(context, model, split)
             self._write()
-        self._context.console.print(f"{stage:>9}: top-1 {self.values['top1'][stage]:.2f} %")
+        context.console.print(f"{stage:>9}: top-1 {values[stage]:.2f} % ({split})")

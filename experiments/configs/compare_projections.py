@@ -125,23 +125,24 @@ def run(config: ProjectionConfig, workdir: Path, console: Console) -> None:
     check_model(context)
     model = make_model(context)
     if base.float_epochs:
-        model = train.train_stage(
-            context, model, train.Training("float", base.float_epochs, base.float_lr)
-        )
+        training = train.Training("float", base.float_epochs, base.float_lr, in_float=True)
+        model = train.train_stage(context, model, training)
     elif base.init_from is None:
         raise ConfigError("float_epochs=0 needs init_from, the weights to project")
     model.eval()
+    split = "test" if base.test else "validation"
     top1: dict[str, dict[str, float]] = {}
     reference = {
-        "float": train.evaluate(context, model),
-        "int8": train.evaluate(context, _quantized(context, model)),
+        "float": train.evaluate(context, model, split),
+        "int8": train.evaluate(context, _quantized(context, model), split),
     }
     console.print(", ".join(f"{name} {value:.2f} %" for name, value in reference.items()))
     for terms in numbers("points", config.points):
         budget = round(terms * base.group_size)
         ways = _ways(context, model, budget)
         for name, projected in ways.items():
-            top1.setdefault(name, {})[f"{terms:g}"] = value = train.evaluate(context, projected)
+            value = train.evaluate(context, projected, split)
+            top1.setdefault(name, {})[f"{terms:g}"] = value
             console.print(f"{terms:g} terms per weight, {name}: {value:.2f} %", highlight=False)
     results = {
         "experiment": "compare_projections",
@@ -150,6 +151,7 @@ def run(config: ProjectionConfig, workdir: Path, console: Console) -> None:
         "config": dataclasses.asdict(base),
         "comparison": dataclasses.asdict(config),
         "reference": reference,
+        "split": split,
         "top1": top1,
     }
     write_json(workdir / "results.json", results)
