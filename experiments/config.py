@@ -254,7 +254,8 @@ def choices(hint: Any) -> tuple[Any, ...]:
 def _parse(key: str, text: str, hint: Any) -> Any:
     """The value that the text of ``--set key=text`` stands for."""
     if typing.get_origin(hint) is tuple:
-        return tuple(part.strip() for part in text.split(",") if part.strip())
+        kind = typing.get_args(hint)[0]
+        return tuple(_parse(key, part.strip(), kind) for part in text.split(",") if part.strip())
     parts = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
     if type(None) in parts and text.lower() in ("none", ""):
         return None

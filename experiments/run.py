@@ -214,7 +214,10 @@ def main(arguments: list[str] | None = None) -> int:
         experiment = configs.load(options.exp)
         if options.sweep:
             return _sweep(options, experiment.CONFIG, console)
+        from experiments.runtime.compilation import keep_compilations
+
         _join(options)
+        keep_compilations()
         config = override(experiment.CONFIG, options.set)
         if isinstance(config, Config):
             return _train(config, workdir, options.exp, console)

@@ -22,7 +22,7 @@ from flax import nnx
 from rich.console import Console
 
 import stp_jax
-from experiments.comparison import numbers, parse_base
+from experiments.comparison import parse_base
 from experiments.config import ConfigError
 from experiments.runtime.log import write_json
 from stp_jax.terms import project
@@ -34,10 +34,11 @@ class ProjectionConfig:
 
     base: str = "stp_resnet20_cifar10"  # the experiment whose model and data are used
     settings: str = ""  # changes of the base's configuration, as "data=folder data_dir=…"
-    points: str = "2.0,1.0,0.75,0.5"  # terms per weight, the same in every layer
+    points: tuple[float, ...] = (2.0, 1.0, 0.75, 0.5)  # terms per weight, the same in every layer
 
     def __post_init__(self) -> None:  # noqa: D105
-        numbers("points", self.points)
+        if any(not 0 < point <= 4 for point in self.points):
+            raise ConfigError(f"points must be terms per weight in (0, 4], got {self.points}")
 
 
 CONFIG = ProjectionConfig()
@@ -137,7 +138,7 @@ def run(config: ProjectionConfig, workdir: Path, console: Console) -> None:
         "int8": train.evaluate(context, _quantized(context, model), split),
     }
     console.print(", ".join(f"{name} {value:.2f} %" for name, value in reference.items()))
-    for terms in numbers("points", config.points):
+    for terms in config.points:
         budget = round(terms * base.group_size)
         ways = _ways(context, model, budget)
         for name, projected in ways.items():
