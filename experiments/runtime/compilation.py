@@ -24,7 +24,7 @@ def keep_compilations() -> None:
     ``JAX_COMPILATION_CACHE_DIR`` names that place, and ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps
     nothing (JAX's own variables). Programs that compile in less than 0.3 s are not worth a file.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(home / "stp_jax" / _machine()))
