@@ -32,7 +32,7 @@ _START = Member({}, {"method": "start"})
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-    """What a method changes in the base's configuration.
+    """A method: changes of the base's configuration.
 
     In its settings ``{terms}`` stands for terms per weight and ``{budget}`` for terms per group; a
     method with neither is run once for all points.
@@ -56,13 +56,13 @@ class Method:
 
     @property
     def has_points(self) -> bool:
-        """Whether it takes a number of terms."""
+        """Whether it depends on the number of terms."""
         return "{" in self.settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComparisonConfig:
-    """What is compared, on what, and for how long."""
+    """Settings of the comparison."""
 
     base: str = "stp_resnet20_cifar10"  # the experiment whose model, data and rates are used
     settings: str = ""  # changes of the base's configuration, as "data=folder data_dir=…"

@@ -325,7 +325,7 @@ def override(config: AnyConfig, settings: Sequence[str]) -> AnyConfig:
 
 
 def differences(ours: Any, theirs: Mapping[str, Any]) -> list[str]:
-    """What differs in effect from a stored configuration, as ``key: theirs → ours``."""
+    """Differences in effect from a stored configuration, as ``key: theirs → ours``."""
     mine, stored = (json.loads(json.dumps(x)) for x in (dataclasses.asdict(ours), dict(theirs)))
     # A run of an older version did what a key that it did not know has as its default.
     unsaid = {**dataclasses.asdict(type(ours)()), **getattr(ours, "BEFORE", {})}

@@ -40,7 +40,7 @@ def data_seed(seed: int, stage: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What every stage needs."""
+    """Data, devices and configuration of a run."""
 
     config: Config
     workdir: Path
@@ -94,7 +94,7 @@ DATA: dict[str, Callable[[Config], data.TrainingData]] = {
 
 
 def load_data(config: Config) -> data.TrainingData:
-    """What the configuration names: an entry of `DATA`, or images (`stp_jax.data.load`).
+    """The data of a configuration: an entry of `DATA`, or images (`stp_jax.data.load`).
 
     Raises:
       ValueError: the data are not there; the message says how to get them.

@@ -14,7 +14,7 @@ from stp_jax import export
 
 
 class LoadedRun(NamedTuple):
-    """What `load_run` finds."""
+    """A finished run, as `load_run` reads it."""
 
     model: nnx.Module  # the STP model that the last stage left, in evaluation mode
     config: Config

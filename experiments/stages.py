@@ -33,7 +33,7 @@ from stp_jax.terms import round_budgets
 
 @dataclasses.dataclass
 class Run:
-    """What stages read and change."""
+    """The state of a run, which stages read and change."""
 
     context: Context
     record: Record
@@ -56,7 +56,7 @@ class Run:
 
 
 class Outcome(NamedTuple):
-    """What a run leaves: accuracies by stage in percent, and the final model."""
+    """Outcome of a run: accuracies by stage in percent, and the final model."""
 
     validation: dict[str, float]  # empty if no examples are held out
     test: dict[str, float]  # empty unless they were read
@@ -165,7 +165,7 @@ def retrained_stage(run: Run) -> nnx.Module:
 
 
 def integer_stage(run: Run) -> nnx.Module | None:
-    """What the accelerator computes."""
+    """The integer model: the accelerator's own arithmetic."""
     return stp_jax.integer_model(run.model) if run.config.check_integers else None
 
 
@@ -233,7 +233,7 @@ def _array(config: Config, model: nnx.Module) -> hwmodel.Array:
 
 
 def energy_price(context: Context, model: nnx.Module) -> Callable[[nnx.Module], tuple]:
-    """What relaxed budgets add to the loss: the square of their energy's distance from the start.
+    """Energy term of the loss for relaxed budgets: the square of their relative excess.
 
     The energy is the array's, all slots full, as the accelerator model counts it; what it may be is
     what the whole budgets that the model holds now take.

@@ -67,7 +67,7 @@ class Member:
 
     @property
     def arguments(self) -> list[str]:
-        """What `--set` takes."""
+        """Settings in the form of `--set`."""
         return [f"{key}={value}" for key, value in self.settings.items()]
 
 

@@ -28,7 +28,7 @@ from stp_jax.terms import budget_schedule
 
 
 class TrainState(NamedTuple):
-    """What a step changes."""
+    """The training state: everything that a step changes."""
 
     params: nnx.State
     rest: nnx.State  # BatchNorm statistics, budgets and fixed scales
@@ -36,7 +36,7 @@ class TrainState(NamedTuple):
 
 
 class Watched(NamedTuple):
-    """What must stay finite; its fields are the first part of the names in messages."""
+    """Values that must stay finite; fields are the first part of the names in messages."""
 
     loss: Any
     gradient: Any

@@ -1,4 +1,4 @@
-"""What each way to project costs in accuracy before any retraining, from one float model.
+"""Accuracy of every way to project, before any retraining, from one float model.
 
 Greedy is term revealing (Kung et al., SC20). The exact projection has the smaller error in the
 weights, which is not yet the smaller error in the network: scales searched at the budget, errors
@@ -30,7 +30,7 @@ from stp_jax.terms import project
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProjectionConfig:
-    """What is compared, and on what."""
+    """Settings of the comparison."""
 
     base: str = "stp_resnet20_cifar10"  # the experiment whose model and data are used
     settings: str = ""  # changes of the base's configuration, as "data=folder data_dir=…"

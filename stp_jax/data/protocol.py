@@ -53,7 +53,7 @@ class TrainingData(Protocol):
         """Shape and dtype of one input, with a batch axis of 1."""
 
     def model_options(self) -> dict[str, Any]:
-        """What models may take from the data, by the names of their options."""
+        """Options of models that follow from the data, by name."""
 
     def train_batches(
         self, *, batch_size: int, seed: int, shard_index: int = 0, shard_count: int = 1

@@ -68,7 +68,7 @@ def _first_product(model: Any, path: str, x: Any) -> tuple[tuple, dict[str, Any]
 
 
 def layer_jobs(model: Any, layer: str, x: Any) -> list[Job]:
-    """What a layer multiplies when the model runs on x, in integers: jobs for the array.
+    """A layer's integer operands when the model runs on x, as jobs for the array.
 
     Args:
       model: a calibrated STP model; a Linen one with its variables.

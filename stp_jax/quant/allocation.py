@@ -27,7 +27,7 @@ def normalized_costs(model: Any, costs: Mapping[str, float]) -> dict[str, float]
 
 
 def storage_costs(model: Any) -> dict[str, float]:
-    """What a term per group takes to store, by layer with a budget rule; see `normalized_costs`."""
+    """Storage of one term per group, by layer with a budget rule; see `normalized_costs`."""
     groups = group_counts(model)
     return normalized_costs(model, {path: float(groups[path]) for path in budgets(model)})
 

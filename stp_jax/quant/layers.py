@@ -85,7 +85,7 @@ def embedding_axes() -> KernelAxes:
 
 
 def kernel_axes(layer: KernelLayer, shape: tuple[int, ...]) -> KernelAxes:
-    """Where the reduction of a layer's kernel lies.
+    """Axes of the reduction in a layer's kernel.
 
     Args:
       layer: the layer.
@@ -128,7 +128,7 @@ def _kernel_axes(layer: KernelLayer, shape: tuple[int, ...]) -> KernelAxes:
 
 @dataclasses.dataclass(frozen=True)
 class LayerFormat:
-    """How one layer is quantized; all of it static. Scales and budgets are passed in.
+    """The quantizers of one layer; all fields are static. Scales and budgets are passed in.
 
     Stored scales may have any sign, since they are trained without constraint: their magnitude
     counts. A scale of None is the rule's own choice from the tensor ("max", "dynamic").

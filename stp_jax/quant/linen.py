@@ -55,7 +55,7 @@ class _Found:
 
 @dataclasses.dataclass(eq=False)
 class _Traced:
-    """What traces of a module found, by path; the same for equal modules."""
+    """Layers found by traces of a module, by path; the same for equal modules."""
 
     layers: dict[str, _Found] = dataclasses.field(default_factory=dict)
     tables: dict[str, bool] = dataclasses.field(default_factory=dict)  # path → is an embedding
@@ -100,7 +100,7 @@ class _Quantizers:
 
     @property
     def trace_key(self) -> Any:
-        """What a trace depends on besides the module: equal for calls that may share one."""
+        """Everything that a trace depends on besides the module; equal calls share one."""
         return self.traced, self.create, self.observe
 
 

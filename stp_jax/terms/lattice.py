@@ -41,7 +41,7 @@ _MARGIN = 1e-3
 
 
 class LatticePoints(NamedTuple):
-    """What the search found for every output."""
+    """Result of the search, for every output."""
 
     values: jax.Array  # int32 [outputs, group_size]
     cost: jax.Array  # float32 [outputs], (u - v)' A (u - v)

@@ -36,7 +36,7 @@ from stp_jax.terms.projection import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightFormat:
-    """What a quantized weight tensor may hold; all of it static.
+    """The set of values of a quantized weight tensor; all fields are static.
 
     Raises:
       ValueError: an attribute is out of range.

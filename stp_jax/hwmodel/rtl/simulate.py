@@ -47,7 +47,7 @@ SOURCES = pathlib.Path(__file__).parent
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JobResult:
-    """What the array did for one job.
+    """Observations of one job on the array.
 
     Attributes:
       outputs: int64 [P, M], the 32-bit sums in the output buffer.
