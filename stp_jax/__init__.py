@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from stp_jax.quant.allocation import allocate as allocate
 from stp_jax.quant.bias import correct_bias as correct_bias
 from stp_jax.quant.budgets import budgets as budgets
+from stp_jax.quant.budgets import mean_budgets as mean_budgets
 from stp_jax.quant.budgets import relax_budgets as relax_budgets
 from stp_jax.quant.budgets import relaxed_budgets as relaxed_budgets
 from stp_jax.quant.budgets import set_budgets as set_budgets

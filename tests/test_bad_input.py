@@ -95,9 +95,12 @@ WRONG = {
     # Projection.
     "project: negative budget": (lambda: projected(budget=-1), r"budget -1 is outside \[0, 16\]"),
     "project: too high a budget": (lambda: projected(budget=99), "has at most 16 terms"),
-    "project: fractional budget": (lambda: projected(budget=1.5), "a budget is one integer"),
-    "project: two budgets": (lambda: projected(budget=[1, 2]), "use vmap for several budgets"),
-    "project: no budget": (lambda: projected(budget=None), "a budget is one integer, got None"),
+    "project: fractional budget": (lambda: projected(budget=1.5), "budgets are integers"),
+    "project: two budgets": (
+        lambda: projected(budget=[1, 2]),
+        "use vmap for several sets of budgets",
+    ),
+    "project: no budget": (lambda: projected(budget=None), "budgets are integers, got None"),
     "project: axis": (lambda: projected(axis=3), r"axis 3 does not exist in weights of shape \(4,"),
     "project: no axis": (lambda: projected(axis=None), "axis must be an integer, got None"),
     "project: a scalar": (

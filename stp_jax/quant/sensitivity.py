@@ -1,10 +1,10 @@
-"""Sensitivity of the loss to each layer's budget, for `stp_jax.terms.allocate_budgets`."""
+"""Sensitivity of the loss to budgets by layer and filter, for `stp_jax.terms.allocate_budgets`."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ from stp_jax import hooks
 from stp_jax.quant.calibration import sum_over_batches
 from stp_jax.quant.layers import QuantizedLayer, quantized_layers
 from stp_jax.terms.projection import error_curve
+
+# What has a budget of its own.
+Granularity = Literal["layer", "filter"]
 
 
 def squared_gradients(
@@ -73,22 +76,29 @@ def group_counts(model: Any) -> dict[str, int]:
 
 
 def error_curves(
-    model: Any, *, importance: Mapping[str, jax.Array] | None = None
+    model: Any,
+    *,
+    importance: Mapping[str, jax.Array] | None = None,
+    by: Granularity = "layer",
 ) -> dict[str, np.ndarray]:
-    """The weighted squared error of each quantized kernel at every budget.
+    """The weighted squared error of each quantized kernel, or each filter, at every budget.
 
     Args:
       model: an STP model whose rules use the NAF and optimal projection.
       importance: layer path → weights of the squared errors, of the kernel's shape (see
         `squared_gradients`); all ones by default.
+      by: ``layer`` or ``filter``.
 
     Returns:
-      Layer path → float array ``[max_budget + 1]``, in squared weights times importance.
+      Layer path → float array ``[max_budget + 1]``, by filter ``[filters, max_budget + 1]``, in
+      squared weights times importance. Filters are in the kernel's order.
 
     Raises:
       ValueError: a rule uses another encoding or method, whose curves need not be convex, or
-        layers are stacked, or importance lacks a layer.
+        layers are stacked, or importance lacks a layer, or there is no such granularity.
     """
+    if by not in get_args(Granularity):
+        raise ValueError(f"by must be one of {', '.join(get_args(Granularity))}, got {by!r}")
     curves = {}
     layers = _single_layers(model)
     missing = [path for path in layers if path not in (importance or layers)]
@@ -98,7 +108,13 @@ def error_curves(
         rule, kernel = quantized.rule, quantized.kernel
         if not rule.format.has_error_curve:
             raise ValueError(f"layer {path!r}: error curves are for encoding naf, method optimal")
-        shape, axis = rule.format.layout(quantized.format.axes.groups).merged(kernel.shape)
+        axes = quantized.format.axes
+        shape, axis = rule.format.layout(axes.groups).merged(kernel.shape)
+        # Axes behind the reduction moved to the front when its axes were merged.
+        merged = len(axes.groups) - 1
+        apart = tuple(
+            a if a < axis else a - merged for a in range(kernel.ndim) if a not in axes.scale
+        )
         scale = quantized.scale
         weights = jnp.broadcast_to(scale**2, kernel.shape)
         if importance is not None:
@@ -110,6 +126,9 @@ def error_curves(
             bits=rule.bits,
             limit=rule.format.largest,
             importance=weights.reshape(shape),
+            apart=apart if by == "filter" else (),
         )
-        curves[path] = np.asarray(curve)
+        curves[path] = np.asarray(curve).reshape(
+            *((-1,) if by == "filter" else ()), curve.shape[-1]
+        )
     return curves
