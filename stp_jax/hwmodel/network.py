@@ -32,7 +32,8 @@ class Layer:
 
     Raises:
       ValueError: an extent is not a positive integer or is absurdly large, the spatial tuples
-        differ in length, windows reach beyond the padded input, or channels or filters do not divide into groups.
+        differ in length, windows reach beyond the padded input, or channels or filters do not
+        divide into groups.
     """
 
     name: str
