@@ -16,7 +16,7 @@ from rich.console import Console
 import stp_jax
 from experiments.context import Context
 from experiments.runtime.log import write_json
-from experiments.stages import Outcome
+from experiments.stages import Outcome, plain
 from stp_jax import export, hwmodel
 
 _PACKAGES = ("stp-jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain")
@@ -71,7 +71,7 @@ def write_results(context: Context, outcome: Outcome, name: str) -> dict[str, An
             split: len(getattr(context.dataset, split)) for split in ("train", "validation", "test")
         },
         "terms_per_weight": _terms(outcome, config.encoding),
-        "budgets": outcome.budgets,
+        "budgets": {path: plain(budget) for path, budget in outcome.budgets.items()},
         "bytes": export.packed_sizes(outcome.model).total._asdict(),
         "accelerator": {
             "array": f"{config.rows}×{config.cols}, input-stationary",
@@ -145,7 +145,7 @@ def _plot(folder: Path, results: dict[str, Any]) -> None:
     by_layer = results["terms_per_weight"]["by_layer"]
     group_size = results["config"]["group_size"]
     axes.bar(list(by_layer), list(by_layer.values()), label="held by the weights")
-    budgets = results["budgets"]
+    budgets = stp_jax.mean_budgets(results["budgets"])
     axes.plot(
         list(budgets), [k / group_size for k in budgets.values()], "k_", ms=12, label="budget"
     )

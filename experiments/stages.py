@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 import stp_jax
 from experiments.config import Config, ConfigError
-from experiments.context import Context, make_model, make_policy, read_budgets
+from experiments.context import Context, filters, make_model, make_policy, read_budgets
 from experiments.runtime import sharding
 from experiments.runtime.log import write_json
 from experiments.runtime.processes import from_first, is_first
@@ -39,7 +40,8 @@ class Run:
     record: Record
     model: nnx.Module  # what the last stage left
     teacher: nnx.Module | None = None  # the float model, whose soft labels later stages learn
-    budgets: dict[str, int] = dataclasses.field(default_factory=dict)  # layer → terms per group
+    # Layer → terms per group, one number or an array by filter.
+    budgets: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def config(self) -> Config:
@@ -60,7 +62,7 @@ class Outcome(NamedTuple):
 
     validation: dict[str, float]  # empty if no examples are held out
     test: dict[str, float]  # empty unless they were read
-    budgets: dict[str, int]
+    budgets: dict[str, Any]
     model: nnx.Module  # what the last stage left, in evaluation mode
 
 
@@ -113,7 +115,10 @@ def int8_stage(run: Run) -> nnx.Module:
 
 def allocated_stage(run: Run) -> None:
     """Budgets are chosen, and the weights' scales searched at them; every term is still kept."""
-    run.budgets = run.record.value("budgets", lambda: choose_budgets(run.context, run.model))
+    stored = run.record.value(
+        "budgets", lambda: jax.tree.map(plain, choose_budgets(run.context, run.model))
+    )
+    run.budgets = {path: k if isinstance(k, int) else np.asarray(k) for path, k in stored.items()}
     all_terms = stp_jax.budgets(run.model)
     stp_jax.set_budgets(run.model, run.budgets)
     stp_jax.search_weight_scales(run.model)
@@ -150,7 +155,7 @@ def budgeted_stage(run: Run) -> None:
     price = energy_price(run.context, run.model)
     stp_jax.relax_budgets(run.model)
     run.train(Training("budgeted", c.budgeted_epochs, c.retrain_lr, distill=c.distill, price=price))
-    total = sum(costs[path] * k for path, k in run.budgets.items())
+    total = sum(costs[path] * k for path, k in stp_jax.mean_budgets(run.budgets).items())
     relaxed = stp_jax.budgets(run.model)
     run.budgets = round_budgets(relaxed, costs, total, largest=c.max_budget)
     stp_jax.set_budgets(run.model, run.budgets)
@@ -208,7 +213,12 @@ def check_stages(config: Config) -> None:
 # --- Budgets --------------------------------------------------------------------------------------
 
 
-def choose_budgets(context: Context, model: nnx.Module) -> dict[str, int]:
+def plain(budget: Any) -> int | list[int]:
+    """A budget by layer or by filter as JSON has it."""
+    return np.asarray(budget).tolist()
+
+
+def choose_budgets(context: Context, model: nnx.Module) -> dict[str, Any]:
     """Terms per group of each layer: by hand, uniform, or allocated by measured sensitivity.
 
     Raises:
@@ -217,14 +227,16 @@ def choose_budgets(context: Context, model: nnx.Module) -> dict[str, int]:
     c = context.config
     layers = list(stp_jax.budgets(model))
     if c.budgets is not None:
-        return read_budgets(c, layers)
+        return read_budgets(c, filters(model))
     if c.budget is not None:
         return dict.fromkeys(layers, c.budget)
     weighted = c.error_weighting == "gradients"
     importance = squared_gradients(context, model) if weighted else None
     example = context.dataset.example_input()
     costs = stp_jax.term_costs(model, example, per=c.allocate_for, array=_array(c, model))
-    return stp_jax.allocate(model, c.terms_per_weight, costs=costs, importance=importance)
+    return stp_jax.allocate(
+        model, c.terms_per_weight, costs=costs, importance=importance, by=c.budgets_by
+    )
 
 
 def _array(config: Config, model: nnx.Module) -> hwmodel.Array:

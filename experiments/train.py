@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -227,7 +228,7 @@ class Training(NamedTuple):
     lr_key: str = "retrain_lr"  # of its learning rate in the configuration, for messages
     in_float: bool = False  # of a model without budgets
     distill: float = 0.0
-    guide_to: Mapping[str, int] | None = None  # layer → terms per group to be pulled to
+    guide_to: Mapping[str, Any] | None = None  # layer → terms per group to be pulled to
     price: Callable | None = None  # of relaxed budgets, which are trained then (`energy_price`)
 
 
@@ -240,7 +241,7 @@ def _terms_per_weight(context: Context, model: nnx.Module, stage: Training, step
 
     def mean(step: int) -> float:
         values = {path: s(step) for path, s in schedules.items()} or fixed
-        terms = sum(float(values[path]) * size for path, size in sizes.items())
+        terms = sum(float(np.mean(values[path])) * size for path, size in sizes.items())
         return terms / (sum(sizes.values()) * context.config.group_size)
 
     return mean

@@ -52,6 +52,9 @@ METHODS: dict[str, Method] = {
     ),
     "uniform": Method(title="uniform group budgets", kind="rival", settings="budget={budget}"),
     "layer": Method(title="STP, budgets by layer", kind="ours", settings=_OURS),
+    "filter": Method(
+        title="STP, budgets by filter", kind="ours", settings=f"{_OURS} budgets_by=filter"
+    ),
 }
 PARTS: dict[str, Method] = {
     name: Method(title=title, kind="part", settings=f"{_OURS} {changes}", reference="layer")

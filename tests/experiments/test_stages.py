@@ -3,6 +3,7 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -110,3 +111,31 @@ def test_every_stage_draws_its_own_order():
     seeds = {data_seed(seed, name) for seed in (0, 1, 2) for name in names}
     assert len(seeds) == 3 * len(names)
     assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_budgets_by_filter_are_stored_and_read_back(tmp_path, folder):
+    """Each filter has a budget of its own, which a resumed run reads back."""
+    outcomes = {}
+    half = "terms_per_weight=0.5"
+    for by in ("layer", "filter"):
+        outcomes[by] = stages.train(make(tmp_path / by, folder, f"budgets_by={by}", half))
+    filters = outcomes["filter"].budgets
+    assert all(len(budget) == 8 for path, budget in filters.items() if path == "layers.0")
+    again = stages.train(
+        make(tmp_path / "filter", folder, "budgets_by=filter", "terms_per_weight=0.5")
+    )
+    for path, budget in filters.items():
+        np.testing.assert_array_equal(again.budgets[path], budget)
+        np.testing.assert_array_equal(stp_jax.budgets(again.model)[path], budget)
+    assert again.test == outcomes["filter"].test
+
+
+def test_budgets_by_hand_may_be_by_filter(tmp_path, folder):
+    path = tmp_path / "budgets.json"
+    by_filter = [1, 2, 3, 4, 5, 6, 7, 8]
+    path.write_text(json.dumps({"layers.0": by_filter}))
+    outcome = stages.train(make(tmp_path, folder, f"budgets={path}"))
+    assert outcome.budgets["layers.0"].tolist() == by_filter
+    path.write_text(json.dumps({"layers.0": by_filter[1:]}))
+    with pytest.raises(ConfigError, match="a list of them for its 8 filters"):
+        stages.train(make(tmp_path / "wrong", folder, f"budgets={path}"))
