@@ -150,6 +150,8 @@ def members(
                     "float_epochs": "0",
                     "seed": str(seed),
                     "init_from": str(start),
+                    "measured": method.stage,
+                    "check_integers": "false",
                     "log_every": "25",
                     "checkpoint_every": "1000",
                 }
@@ -211,7 +213,6 @@ def _row(labels: Mapping[str, Any], method: Method, results: Mapping[str, Any]) 
         **{"terms": None, **labels},
         "validation": at("validation_top1_percent", method.stage),
         "test": at("top1_percent", method.stage),
-        "projected": at("validation_top1_percent", "projected"),
         "terms_held": results["terms_per_weight"]["budgeted_layers"],
         "saving": results["computational_energy_saving"],
         "saving_with_encoder": results["computational_energy_saving_with_encoder"],
@@ -286,8 +287,7 @@ def summary(results: Mapping[str, Any], split: str = "test") -> pd.DataFrame:
       A row for each method, terms per weight and steps: ``top1`` (mean), ``interval`` (half of the
       95 % one), ``seeds``, ``loss`` (mean points below the float baseline of the same steps and
       seed) with ``loss_interval``, ``change`` (of a part: points over its reference, paired by
-      seed) with ``change_interval``, ``projected`` (validation, before retraining), and means of
-      the terms held and of the savings.
+      seed) with ``change_interval``, and means of the terms held, the savings and the cycles.
     """
     rows = pd.DataFrame(results["rows"]).rename(columns={split: "top1"})
     rows = rows[rows["top1"].notna()]
@@ -304,7 +304,6 @@ def summary(results: Mapping[str, Any], split: str = "test") -> pd.DataFrame:
         loss_interval=("loss", interval),
         change=("change", "mean"),
         change_interval=("change", interval),
-        projected=("projected", "mean"),
         terms_held=("terms_held", "mean"),
         saving=("saving", "mean"),
         saving_with_encoder=("saving_with_encoder", "mean"),

@@ -101,6 +101,7 @@ class Config:
     # Whether the retrained model is evaluated in integers as well.
     check_integers: bool = True
     test: bool = True  # read the test examples, once, when all stages are done
+    measured: tuple[str, ...] = ()  # stages whose accuracy is measured; none named: all
 
     # Accelerator.
     rows: int = 32
@@ -157,6 +158,8 @@ def _check(c: Config) -> None:
         need(getattr(c, key) >= 0, key, "0 or more")
     for key in ("float_lr", "guided_lr", "retrain_lr", "budget_lr", "temperature"):
         need(getattr(c, key) > 0, key, "positive")
+    absent = [name for name in c.measured if name not in c.stages]
+    need(not absent, "measured", f"among the stages {', '.join(c.stages)}")
     need(0 <= c.validation <= 0.5, "validation", "from 0 to 0.5")
     if not (c.validation or c.test):
         raise ConfigError("test=false needs examples to evaluate on; set validation above 0")

@@ -41,7 +41,8 @@ def load_run(workdir: str | Path) -> LoadedRun:
     if not (workdir / "model.safetensors").is_file():
         raise ConfigError(f"{workdir} holds results of {results['experiment']}, but no model")
     # The float weights that the run started from are in the model's file already.
-    config = Config(**{**stored, "stages": tuple(stored["stages"]), "init_from": None})
+    lists = {key: tuple(value) for key, value in stored.items() if isinstance(value, list)}
+    config = Config(**{**stored, **lists, "init_from": None})
     float_model = make_float_model(config, load_data(config))
     model = export.load_packed(float_model, workdir / "model.safetensors")
     model.eval()

@@ -73,7 +73,8 @@ def train(context: Context) -> Outcome:
     reported = {}
     for name in context.config.stages:
         model = STAGES[name].action(run)
-        if model is not None:
+        measured = context.config.measured or context.config.stages
+        if model is not None and name in measured:
             reported[name] = nnx.clone(model)  # later stages change their model in place
             record.accuracy("validation", name, model)
     # The test examples are read once, when there is nothing left to choose.
