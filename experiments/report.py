@@ -1,19 +1,29 @@
-"""The report of a run: accelerator figures, the packed model, plots, and `results.json`."""
+"""The report of a run: accelerator figures, the packed model, plots, and `results.json`.
+
+``python -m experiments.report DIR`` prints a finished run again; with several folders, side by
+side, and what differs in their configurations.
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.metadata
+import json
 import platform
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import matplotlib.figure
 import numpy as np
+import pandas as pd
 from rich.console import Console
 
 import stp_jax
+from experiments.config import ConfigError
 from experiments.context import Context
 from experiments.runtime.log import write_json
 from experiments.stages import Outcome, plain
@@ -168,3 +178,76 @@ def _plot(folder: Path, results: dict[str, Any]) -> None:
     )
     axes.legend()
     figure.savefig(folder / "energy_by_component.png", dpi=150)
+
+
+# --- Finished runs --------------------------------------------------------------------------------
+
+
+def comparison_table(runs: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """The main figures of several runs side by side, a column each.
+
+    Args:
+      runs: name → what the run's `results.json` holds.
+    """
+    return pd.DataFrame({name: _figures(results) for name, results in runs.items()}).fillna("")
+
+
+def _figures(results: dict[str, Any]) -> dict[str, str]:
+    figures = {"model": results["model"], "seed": str(results["seed"])}
+    for split, top1 in _accuracies(results).items():
+        figures |= {f"{split} {stage}, %": f"{value:.2f}" for stage, value in top1.items()}
+    terms, array = results["terms_per_weight"], results["accelerator"]["group_pe"]
+    return figures | {
+        "terms per weight": f"{terms['budgeted_layers']:.3f}",
+        "cycles": f"{array['cycles']:,}",
+        "array energy, µJ": f"{array['energy_uj']['array']:.3f}",
+        "saving": f"{results['computational_energy_saving']:.2f}×",
+        "saving with encoders": f"{results['computational_energy_saving_with_encoder']:.2f}×",
+    }
+
+
+def differing_keys(runs: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """Keys of the configurations that are not the same in all runs, a column for each run."""
+    configs = {name: results["config"] for name, results in runs.items()}
+    keys = dict.fromkeys(key for config in configs.values() for key in config)
+    rows = {key: [config.get(key, "not there") for config in configs.values()] for key in keys}
+    different = {k: list(map(str, v)) for k, v in rows.items() if any(x != v[0] for x in v)}
+    return pd.DataFrame.from_dict(different, orient="index", columns=list(configs))
+
+
+def _read(folder: str) -> dict[str, Any]:
+    path = Path(folder) / "results.json"
+    try:
+        results = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{folder} holds no finished run: {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON: {error}") from error
+    if "terms_per_weight" not in results:
+        raise ConfigError(f"{folder} holds results of {results.get('experiment')}, no training run")
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints a finished run again, or several side by side; 2 if a folder holds none."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.report", description=(main.__doc__ or "").partition(";")[0]
+    )
+    parser.add_argument("folder", nargs="+", help="work folders of finished training runs")
+    folders = parser.parse_args(arguments).folder
+    try:
+        runs = {folder: _read(folder) for folder in dict.fromkeys(folders)}
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for results in {r["dataset"]: r for r in runs.values()}.values():
+        print(f"{results['dataset']}; {results['device']}")
+    print(comparison_table(runs).to_string())
+    if len(runs) > 1:
+        different = differing_keys(runs)
+        print("\nconfigurations: " + (f"\n{different.to_string()}" if len(different) else "equal"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

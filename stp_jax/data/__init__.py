@@ -1,5 +1,12 @@
 """Labelled images and text: data sets by name, and batches for training and evaluation."""
 
+import importlib.util as _util
+
+if missing := [
+    name for name in ("grain", "tensorflow_datasets", "PIL") if not _util.find_spec(name)
+]:
+    raise ImportError(f"stp_jax.data needs {', '.join(missing)}: pip install 'stp-jax[train]'")
+
 from stp_jax.data.augment import AUGMENTATIONS as AUGMENTATIONS
 from stp_jax.data.augment import Augmentation as Augmentation
 from stp_jax.data.datasets import Dataset as Dataset
