@@ -2,10 +2,9 @@
 
 import importlib.util as _util
 
-if missing := [
-    name for name in ("grain", "tensorflow_datasets", "PIL") if not _util.find_spec(name)
-]:
-    raise ImportError(f"stp_jax.data needs {', '.join(missing)}: pip install 'stp-jax[train]'")
+_NEEDED = ("grain", "tensorflow_datasets", "PIL")
+if _missing := [name for name in _NEEDED if not _util.find_spec(name)]:
+    raise ImportError(f"stp_jax.data needs {', '.join(_missing)}: pip install 'stp-jax[train]'")
 
 from stp_jax.data.augment import AUGMENTATIONS as AUGMENTATIONS
 from stp_jax.data.augment import Augmentation as Augmentation
