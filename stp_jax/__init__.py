@@ -56,7 +56,14 @@ _COSTS = ("ModelCost", "evaluate_model", "group_pe", "term_costs")  # need the a
 
 def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
-        return _importlib.import_module(f"stp_jax.{name}")
+        try:
+            return _importlib.import_module(f"stp_jax.{name}")
+        except ModuleNotFoundError as error:
+            if name != "data":
+                raise
+            raise ImportError(
+                f"stp_jax.data needs {error.name}: pip install 'stp-jax[train]'"
+            ) from error
     if name in _COSTS:
         return getattr(_importlib.import_module("stp_jax.cost"), name)
     if name == "__version__":

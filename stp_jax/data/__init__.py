@@ -1,11 +1,5 @@
 """Labelled images and text: data sets by name, and batches for training and evaluation."""
 
-import importlib.util as _util
-
-_NEEDED = ("grain", "tensorflow_datasets", "PIL")
-if _missing := [name for name in _NEEDED if not _util.find_spec(name)]:
-    raise ImportError(f"stp_jax.data needs {', '.join(_missing)}: pip install 'stp-jax[train]'")
-
 from stp_jax.data.augment import AUGMENTATIONS as AUGMENTATIONS
 from stp_jax.data.augment import Augmentation as Augmentation
 from stp_jax.data.datasets import Dataset as Dataset
