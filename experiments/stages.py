@@ -231,8 +231,7 @@ def choose_budgets(context: Context, model: nnx.Module) -> dict[str, Any]:
         return read_budgets(c, filters(model))
     if c.budget is not None:
         return dict.fromkeys(layers, c.budget)
-    weighted = c.error_weighting == "gradients"
-    importance = squared_gradients(context, model) if weighted else None
+    importance = error_weights(context, model)
     example = context.dataset.example_input()
     costs = stp_jax.term_costs(model, example, per=c.allocate_for, array=_array(c, model))
     return stp_jax.allocate(
@@ -266,6 +265,19 @@ def energy_price(context: Context, model: nnx.Module) -> Callable[[nnx.Module], 
         return c.energy_weight * (share - 1.0) ** 2, {"energy_of_allowed": share}
 
     return price
+
+
+def error_weights(context: Context, model: nnx.Module) -> dict[str, jax.Array] | None:
+    """Weights of the squared errors, measured on the calibration examples."""
+    c = context.config
+    if c.error_weighting == "gradients":
+        return squared_gradients(context, model)
+    if c.error_weighting == "none":
+        return None
+    inputs = [batch["input"] for batch in context.calibration_batches()]
+    # Measured at half of what is to be allocated, where layers differ most; at least one term.
+    probe = max(1, round(c.terms_per_weight * c.group_size / 2))
+    return sharding.gather(stp_jax.measured_importance(model, inputs, probe))
 
 
 def squared_gradients(context: Context, model: nnx.Module) -> dict[str, jax.Array]:

@@ -37,6 +37,8 @@ from stp_jax.quant.policy import UnmatchedRuleError as UnmatchedRuleError
 from stp_jax.quant.quantize import quantize as quantize
 from stp_jax.quant.sensitivity import error_curves as error_curves
 from stp_jax.quant.sensitivity import group_counts as group_counts
+from stp_jax.quant.sensitivity import measured_importance as measured_importance
+from stp_jax.quant.sensitivity import output_divergences as output_divergences
 from stp_jax.quant.sensitivity import squared_gradients as squared_gradients
 
 if TYPE_CHECKING:

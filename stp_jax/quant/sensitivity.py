@@ -11,9 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from stp_jax import hooks
-from stp_jax.quant.calibration import sum_over_batches
+from stp_jax.quant.budgets import budgets, set_budgets
+from stp_jax.quant.calibration import call_model, check_batches, sum_over_batches
 from stp_jax.quant.layers import QuantizedLayer, quantized_layers
 from stp_jax.terms.projection import error_curve
+
+_LEAST = 1e-12
 
 # What has a budget of its own.
 Granularity = Literal["layer", "filter"]
@@ -52,6 +55,101 @@ def squared_gradients(
     if not count:
         raise ValueError("sensitivity needs at least one batch")
     return {path: value / count for path, value in total.items()}
+
+
+def output_divergences(
+    model: Any,
+    batches: Iterable[Any],
+    budget: int | Mapping[str, Any],
+    *,
+    call: Callable[[Any, Any], jax.Array] = call_model,
+) -> dict[str, float]:
+    """The divergence of the model's outputs when one layer alone is projected, layer by layer.
+
+    It is the Kullback–Leibler divergence of the softmax over the last axis, which needs no labels;
+    near the model it is half the Gauss–Newton form of the change in the outputs, through all that
+    follows the layer. The layer's scales are searched at the budget.
+
+    Args:
+      model: an STP model in evaluation mode (a Linen one with its variables), with calibrated
+        inputs and all its terms; it is not changed.
+      batches: inputs, each given to the model as its only argument. A few hundred examples do.
+      budget: terms per group, the same for all layers, or by layer path as for `set_budgets`.
+      call: how to call the model on a batch otherwise; it returns logits.
+
+    Returns:
+      Path of each layer that has a budget rule → mean divergence in nats.
+
+    Raises:
+      ValueError: there is no batch, or a budget is out of its range.
+      TypeError: batches is an array.
+    """
+    check_batches(batches)
+    state, rebuild = hooks.functional(model)
+
+    @jax.jit
+    def outputs(state: Any, batch: Any) -> jax.Array:
+        return jax.nn.log_softmax(call(rebuild(state), batch).astype(jnp.float32))
+
+    @jax.jit
+    def divergence(state: Any, batch: Any, log_p: jax.Array) -> jax.Array:
+        log_q = outputs(state, batch)
+        return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+
+    kept = list(batches)
+    if not kept:
+        raise ValueError("sensitivity needs at least one batch")
+    references = [outputs(state, batch) for batch in kept]
+    found = {}
+    for path in budgets(model):
+        changed = rebuild(state)
+        own = budget[path] if isinstance(budget, Mapping) else budget
+        set_budgets(changed, {path: own})
+        quantized_layers(changed)[path].search_scale(None)
+        new, _ = hooks.functional(changed)
+        each = [divergence(new, x, log_p) for x, log_p in zip(kept, references, strict=True)]
+        found[path] = float(np.mean(each))
+    return found
+
+
+def measured_importance(
+    model: Any,
+    batches: Iterable[Any],
+    budget: int,
+    *,
+    call: Callable[[Any, Any], jax.Array] = call_model,
+) -> dict[str, jax.Array]:
+    """Weights of the squared errors such that each layer's error is its `output_divergences`.
+
+    One weight for a whole kernel: what a unit of its squared error does to the outputs, measured at
+    one budget. It ranks layers better than a diagonal of squared gradients does, which few batches
+    leave noisy and which sees no error that others cancel.
+
+    Args:
+      model: as for `output_divergences`.
+      batches: likewise.
+      budget: terms per group at which to measure, best near the mean of what is to be allocated.
+      call: likewise.
+
+    Returns:
+      Layer path → float32 array of the kernel's shape, for `allocate` and `search_weight_scales`.
+
+    Raises:
+      ValueError: as by `output_divergences`.
+    """
+    found = {}
+    divergences = output_divergences(model, batches, budget, call=call)
+    probe = hooks.copy_model(model)
+    set_budgets(probe, dict.fromkeys(divergences, budget))
+    for path, layer in quantized_layers(probe).items():
+        weight = jnp.float32(1)
+        if path in divergences:
+            layer.search_scale(None)
+            error = jnp.sum((layer.projected() - layer.kernel).astype(jnp.float32) ** 2)
+            # A layer that the outputs do not feel keeps a little weight, to break ties by error.
+            weight = jnp.maximum(divergences[path], _LEAST) / jnp.maximum(error, _LEAST)
+        found[path] = jnp.full(layer.kernel.shape, weight, jnp.float32)
+    return found
 
 
 def _single_layers(model: Any) -> dict[str, QuantizedLayer]:
