@@ -6,12 +6,15 @@ the columns, filters M in time. What does not fill a fold is padded with zero ac
 slots. Every file is plain ``$readmemh`` text, one word a line, and holds the jobs one by one:
 
 =================== ============================================================================
-``jobs.hex``        eight 32-bit words a job: row folds, column folds, filters M, slots k,
-                    pixels P, then the first word of the job in weights.hex, in
-                    activations.hex and in the output buffer
+``jobs.hex``        eight 32-bit words a job: row folds, column folds, filters M, slots of a
+                    group in all filters together, pixels P, then the first word of the job in
+                    weights.hex, in activations.hex and in the output buffer
+``filters.hex``     two 32-bit words a filter, job by job: its slots k, and those of the
+                    filters before it in the job
 ``wire_slots.hex``  one wire slot (`stp_jax.terms.slots`) a line, ordered
                     [row fold][filter][row][slot]: {valid, sign, exponent, index}, valid on top;
-                    a group's terms come largest exponent first, ties by index; 8 bits for g = 8
+                    a group's terms come largest exponent first, ties by index; 8 bits for
+                    g = 8, and as many slots as the filter has
 ``weights.hex``     one group a line, ordered [row fold][filter][row]: g bytes in two's
                     complement, weight 0 lowest
 ``activations.hex`` one group a line, ordered [row fold][column fold][row][column]: g bytes
@@ -43,11 +46,11 @@ class Job:
     """One matrix product for the array, activations [P, K] with weights [M, K].
 
     Attributes:
-      weights: integers [M, K], already projected: at most ``budget`` NAF terms in each group of
+      weights: integers [M, K], already projected: at most the budget's NAF terms in each group of
         consecutive weights along K. Values whose terms stay below 2**8 are allowed, so a
         projection may round 127 up to 128.
       activations: integers [P, K] in [-128, 127].
-      budget: slots k that every group takes, at least 1.
+      budget: slots k that every group takes, at least 1; or [M], those of each filter's groups.
 
     Raises:
       ValueError: shapes do not match, an axis is empty, or activations or budget are out of range.
@@ -55,7 +58,7 @@ class Job:
 
     weights: npt.NDArray[np.integer]
     activations: npt.NDArray[np.integer]
-    budget: int
+    budget: int | npt.NDArray[np.integer]
 
     def __post_init__(self) -> None:
         """Checks shapes and ranges."""
@@ -71,8 +74,18 @@ class Job:
                 f"{self.weights.shape} and {self.activations.shape}"
             )
         _check_int8("activations", self.activations)
-        if self.budget < 1:
+        if np.shape(self.budget) not in ((), self.weights.shape[:1]):
+            raise ValueError(
+                f"budget must be one or one for each of {len(self.weights)} filters, got shape "
+                f"{np.shape(self.budget)}"
+            )
+        if np.min(self.budget) < 1:
             raise ValueError(f"budget must be at least one slot a group, got {self.budget}")
+
+    @property
+    def filter_budgets(self) -> npt.NDArray[np.int64]:
+        """Slots of every filter's groups, int64 [M]."""
+        return np.broadcast_to(np.asarray(self.budget, np.int64), self.weights.shape[:1])
 
 
 def _check_int8(name: str, values: npt.NDArray[np.integer]) -> None:
@@ -126,6 +139,17 @@ def wire_slots(groups: npt.NDArray[np.integer], slots: int) -> npt.NDArray[np.ui
     words = np.where(digit == 0, 0, words).astype(np.uint32)
     padding = [(0, 0)] * (groups.ndim - 1) + [(0, slots - words.shape[-1])]
     return np.pad(words, padding)
+
+
+def _filter_slots(
+    by_fold: npt.NDArray[np.integer], budgets: npt.NDArray[np.int64]
+) -> list[npt.NDArray[np.uint32]]:
+    """Wire slots [row fold, rows, k] of each filter of [row fold, M, rows, g]."""
+    found: dict[int, npt.NDArray[np.uint32]] = {}
+    for k in np.unique(budgets).tolist():
+        mine = np.flatnonzero(budgets == k)
+        found |= zip(mine.tolist(), wire_slots(by_fold[:, mine], k).swapaxes(0, 1), strict=True)
+    return [found[m] for m in range(len(budgets))]
 
 
 def _tile(matrix: npt.NDArray[np.integer], rows: int, group_size: int) -> npt.NDArray[np.integer]:
@@ -201,7 +225,9 @@ def write_images(
       ValueError: as `wire_slots` and `write_weights` do.
     """
     headers: list[int] = []
+    filter_words: list[int] = []
     slots: list[str] = []
+    slot_bits = slot_format(group_size, 2, BITS).wire_bits
     weights: list[str] = []
     activations: list[str] = []
     group_base = output_base = 0
@@ -209,18 +235,22 @@ def write_images(
         by_fold = weight_groups(job, rows=rows, group_size=group_size)
         resident = activation_groups(job, rows=rows, cols=cols, group_size=group_size)
         filters, pixels = job.weights.shape[0], job.activations.shape[0]
-        headers += [*resident.shape[:2], filters, job.budget, pixels]
+        budgets = job.filter_budgets
+        headers += [*resident.shape[:2], filters, int(budgets.sum()), pixels]
         headers += [group_base, len(activations), output_base]
-        words = wire_slots(by_fold, job.budget)  # also what refuses a group over its budget
+        filter_words += np.stack([budgets, np.cumsum(budgets) - budgets], axis=1).ravel().tolist()
+        words = _filter_slots(by_fold, budgets)  # also what refuses a group over its budget
         if encode_at_edge:
             _check_int8("stored weights", by_fold)
             weights += _byte_lines(by_fold)
         else:
-            slots += _word_lines(words, slot_format(group_size, job.budget, BITS).wire_bits)
+            for fold in range(len(by_fold)):
+                slots += _word_lines(np.concatenate([w[fold].ravel() for w in words]), slot_bits)
         activations += _byte_lines(resident)
         group_base += by_fold[..., 0].size
         output_base += filters * pixels
     _write(directory / "jobs.hex", _word_lines(np.array(headers, np.uint32), 32))
+    _write(directory / "filters.hex", _word_lines(np.array(filter_words, np.uint32), 32))
     _write(directory / "activations.hex", activations)
     _write(
         directory / ("weights.hex" if encode_at_edge else "wire_slots.hex"),
@@ -228,6 +258,7 @@ def write_images(
     )
     return {
         "JOBS": len(jobs),
+        "FILTERS": len(filter_words) // 2,
         "SLOT_WORDS": max(len(slots), 1),
         "WEIGHT_WORDS": max(len(weights), 1),
         "ACTIVATION_WORDS": len(activations),

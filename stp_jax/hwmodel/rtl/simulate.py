@@ -4,7 +4,8 @@ The RTL is the judge of the accelerator model: it implements the input-stationar
 al. (IEEE TCAD 42(1), 2023) cycle by cycle, and whatever the model claims of values, cycles and
 partial-sum traffic can be compared with what is observed here.
 
-Why a fold takes 2R + C + T·k − 2 cycles (R rows, C columns, T filters, k slots a group):
+Why a fold takes 2R + C + T·k − 2 cycles (R rows, C columns, T filters, k slots a group; where
+filters have slots of their own, Σ k of all filters in place of T·k):
 
 * R cycles load the activations. All columns load at once, each taking one group (g activations)
   a cycle at its top, which moves down a row a cycle: the deepest row's group enters first. So the
@@ -47,7 +48,7 @@ SOURCES = pathlib.Path(__file__).parent
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JobResult:
-    """What the array did for one job.
+    """Observations of one job on the array.
 
     Attributes:
       outputs: int64 [P, M], the 32-bit sums in the output buffer.
@@ -188,7 +189,7 @@ def simulate_array(
             "COLUMNS": cols,
             "GROUP": group_size,
             "ENCODE": int(encode_at_edge),
-            "SLOT_BITS": slot_format(group_size, jobs[0].budget, images.BITS).wire_bits,
+            "SLOT_BITS": slot_format(group_size, 2, images.BITS).wire_bits,
         }
         parameters["MAX_CYCLES"] = sum(_hang_limit(job, rows, cols, group_size) for job in jobs)
         _run_bench("tb_gpe_array", parameters, directory)
@@ -213,7 +214,7 @@ def _hang_limit(job: Job, rows: int, cols: int, group_size: int) -> int:
     """Far more cycles than any schedule could need: reaching it means that the RTL hangs."""
     (filters, reduction), pixels = job.weights.shape, job.activations.shape[0]
     fold_count = group_count(reduction, rows * group_size) * group_count(pixels, cols)
-    return 4 * fold_count * (rows + cols + filters + 1) * (job.budget + 1)
+    return 4 * fold_count * (rows + cols + filters + 1) * (int(np.max(job.budget)) + 1)
 
 
 def _read_outputs(path: pathlib.Path) -> npt.NDArray[np.int64]:

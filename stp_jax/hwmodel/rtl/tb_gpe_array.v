@@ -14,6 +14,7 @@ module tb_gpe_array;
     parameter GROUP = 8;
     parameter ENCODE = 0;        // 1: rows read weights.hex through weight_edge; 0: wire_slots.hex
     parameter JOBS = 1;
+    parameter FILTERS = 1;       // of all jobs together
     parameter SLOT_WORDS = 1;
     parameter WEIGHT_WORDS = 1;
     parameter ACTIVATION_WORDS = 1;
@@ -27,6 +28,7 @@ module tb_gpe_array;
     localparam RESIDENT = GROUP * WIDTH;
 
     reg [31:0]         job_words [0:8*JOBS-1];
+    reg [31:0]         filter_words [0:2*FILTERS-1];
     reg [SLOT_BITS-1:0] slot_words [0:SLOT_WORDS-1];
     reg [RESIDENT-1:0] weight_words [0:WEIGHT_WORDS-1];
     reg [RESIDENT-1:0] activation_words [0:ACTIVATION_WORDS-1];
@@ -37,12 +39,12 @@ module tb_gpe_array;
     wire [31:0] row_folds        = job_words[8*job + 0];
     wire [31:0] column_folds     = job_words[8*job + 1];
     wire [31:0] filters          = job_words[8*job + 2];
-    wire [31:0] slots            = job_words[8*job + 3];
+    wire [31:0] slots            = job_words[8*job + 3];  // of a group in all filters together
     wire [31:0] pixels           = job_words[8*job + 4];
     wire [31:0] group_base       = job_words[8*job + 5];
     wire [31:0] activation_base  = job_words[8*job + 6];
     wire [31:0] output_base      = job_words[8*job + 7];
-    reg  [31:0] term_base = 0;
+    reg  [31:0] term_base = 0, filter_base = 0;
 
     // Where the controller stands. Loading counts rows, streaming counts (filter, slot) of row 0.
     reg clock = 0, reset = 1, running = 0, loading = 1;
@@ -55,7 +57,8 @@ module tb_gpe_array;
     reg  fetching = 0;                      // row 0 is past its first fetch
     reg  [31:0] filter = 0, slot = 0;
     wire fetch_0 = starts | fetching;
-    wire slot_ends = slot == slots - 1;
+    // Filters have slots of their own: only this edge knows how many, and says which is the last.
+    wire slot_ends = slot == filter_words[2*(filter_base + filter)] - 1;
     wire stream_ends = slot_ends & (filter == filters - 1);
 
     reg         fetch_d  [0:ROWS];          // [r]: the fetch of row r, delayed from row 0
@@ -72,11 +75,13 @@ module tb_gpe_array;
             wire [31:0] filter_r = r == 0 ? filter : filter_d[r];
             wire [31:0] slot_r   = r == 0 ? slot : slot_d[r];
             wire [31:0] group  = (row_fold * filters + filter_r) * ROWS + r;
+            wire [31:0] slots_r  = filter_words[2*(filter_base + filter_r)];
+            wire [31:0] before_r = filter_words[2*(filter_base + filter_r) + 1];
             reg  shown = 0, last = 0;       // a slot is at the array's edge; it ends a group
 
             always @(posedge clock) begin
                 shown <= fetch & ~reset;
-                last  <= fetch & ~reset & (slot_r == slots - 1);
+                last  <= fetch & ~reset & (slot_r == slots_r - 1);
                 fetch_d[r+1]  <= fetch & ~reset;
                 filter_d[r+1] <= filter_r;
                 slot_d[r+1]   <= slot_r;
@@ -98,7 +103,8 @@ module tb_gpe_array;
                 assign valid_in[r] = valid & shown;
             end else begin : packed_terms
                 reg [SLOT_BITS-1:0] term = 0;
-                always @(posedge clock) term <= slot_words[term_base + group * slots + slot_r];
+                wire [31:0] first = (row_fold * slots + before_r) * ROWS + r * slots_r;
+                always @(posedge clock) term <= slot_words[term_base + first + slot_r];
                 assign valid_in[r] = term[SLOT_BITS-1] & shown;
                 assign sign_in[r] = term[SLOT_BITS-2];
                 assign exponent_in[r*EXPONENT +: EXPONENT] = term[INDEX +: EXPONENT];
@@ -203,7 +209,8 @@ module tb_gpe_array;
             psum_reads <= 0;
             psum_writes <= 0;
             slots_in <= 0;
-            term_base <= term_base + row_folds * filters * ROWS * slots;
+            term_base <= term_base + row_folds * ROWS * slots;
+            filter_base <= filter_base + filters;
             job <= job + 1;
             if (job == JOBS - 1) running <= 0;
         end else begin
@@ -219,6 +226,7 @@ module tb_gpe_array;
     initial begin
         if (SLOT_BITS != 2 + EXPONENT + INDEX) $display("FAIL: SLOT_BITS is %0d", SLOT_BITS);
         $readmemh("jobs.hex", job_words);
+        $readmemh("filters.hex", filter_words);
         if (ENCODE) $readmemh("weights.hex", weight_words);
         else $readmemh("wire_slots.hex", slot_words);
         $readmemh("activations.hex", activation_words);
