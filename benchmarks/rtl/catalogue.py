@@ -5,7 +5,14 @@ from __future__ import annotations
 import functools
 
 from benchmarks.rtl.design import PRODUCT, VERILOG, Design
-from benchmarks.rtl.stimuli import drive_group, drive_mac, drive_mac_dot, drive_term_dot, passes
+from benchmarks.rtl.stimuli import (
+    drive_group,
+    drive_mac,
+    drive_mac_dot,
+    drive_serial,
+    drive_term_dot,
+    passes,
+)
 
 _TERM_DOT = (VERILOG / "carry_save.v", VERILOG / "term_dot.v")
 
@@ -29,6 +36,45 @@ def _term_dot(*, lanes: int, groups: int = 1, columns: int = 1, indexed: bool = 
             drive_term_dot, lanes=lanes, groups=groups, columns=columns, indexed=indexed
         ),
         rate=lambda budget: 8 * groups * columns / passes(budget, lanes),
+    )
+
+
+_SERIAL = {  # name, title, and options of the Verilog and of the stimulus
+    "plain": ("as landed, psum of 28 bits", {}),
+    "isolated": ("wide adder isolated", {"isolated": 1}),
+    "late": ("group's sum registered", {"late": 1}),
+    "one_hot": ("one-hot selects", {"one_hot": 1}),
+    "horner": ("Horner, the sum moves up", {"late": 1, "one_hot": 1, "horner": 1}),
+    "late_one_hot": ("registered sum, one-hot selects", {"late": 1, "one_hot": 1}),
+    "cells": (
+        "registered sum, one-hot selects, full-adder cells",
+        {"late": 1, "one_hot": 1, "cells": 1},
+    ),
+    "offset": (
+        "registered sum, one-hot selects, full-adder cells, offset form",
+        {"late": 1, "one_hot": 1, "cells": 1, "offset": 1},
+    ),
+    "by_index": (
+        "the same, terms by index",
+        {"late": 1, "one_hot": 1, "cells": 1, "offset": 1, "order": "index"},
+    ),
+}
+
+
+def _serial(name: str, group: int = 8) -> Design:
+    """A group PE of one term a cycle with some options."""
+    title, options = _SERIAL[name]
+    driven = {n: v for n, v in options.items() if n not in ("isolated", "cells")}
+    shape = {n.upper(): v for n, v in options.items() if n != "order"}
+    return Design(
+        name=f"serial_{name}" + (f"_{group}" if group != 8 else ""),
+        title=f"group PE of {group}, one term a cycle, {title}",
+        top="serial_pe",
+        sources=(VERILOG / "carry_save.v", VERILOG / "serial_pe.v"),
+        parameters={**shape, "GROUP": group},
+        group=group,
+        driver=functools.partial(drive_serial, **driven),
+        rate=lambda budget: group / budget,
     )
 
 
@@ -99,6 +145,7 @@ _ALL = (
         driver=drive_group,
         rate=lambda budget: 8 / budget,
     ),
+    *(_serial(name) for name in _SERIAL),
     *(
         _mac_dot(lanes=lanes, columns=columns, form=form)
         for form in ("plain", "offset", "booth")
