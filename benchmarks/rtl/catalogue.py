@@ -72,9 +72,9 @@ def _serial(name: str, group: int = 8) -> Design:
         top="serial_pe",
         sources=(VERILOG / "carry_save.v", VERILOG / "serial_pe.v"),
         parameters={**shape, "GROUP": group},
-        group=group,
-        driver=functools.partial(drive_serial, **driven),
-        rate=lambda budget: group / budget,
+        group=8,
+        driver=functools.partial(drive_serial, **driven, joined=group // 8),
+        rate=lambda budget: 8 / budget,
     )
 
 
@@ -146,6 +146,8 @@ _ALL = (
         rate=lambda budget: 8 / budget,
     ),
     *(_serial(name) for name in _SERIAL),
+    _serial("offset", 16),
+    _serial("offset", 32),
     *(
         _mac_dot(lanes=lanes, columns=columns, form=form)
         for form in ("plain", "offset", "booth")

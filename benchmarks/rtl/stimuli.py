@@ -213,6 +213,7 @@ def drive_serial(
     offset: bool = False,
     horner: bool = False,
     order: str = "exponent",
+    joined: int = 1,
     psum: int = 28,
 ) -> Stimulus:
     """A group PE of one term a cycle with the options of verilog/serial_pe.v.
@@ -225,8 +226,14 @@ def drive_serial(
       offset: unsigned activations; sums hold what depends on the weights alone.
       horner: amounts by which the sum moves up, instead of exponents.
       order: of a group's terms: by falling ``exponent``, or by ``index``.
+      joined: groups that form a larger one, with the slots of all.
       psum: bits of a partial sum.
     """
+    tiled = tile(operands, groups=joined, columns=1)
+    operands = Operands(
+        activations=tiled.activations[:, 0], weights=tiled.weights, psums=tiled.psums[..., 0]
+    )
+    budget *= joined
     folds, filters, group = operands.weights.shape
     plan = Schedule(folds, filters * budget)
     slots = _in_order(terms(operands.weights, budget), order)
