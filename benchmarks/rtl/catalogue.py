@@ -14,7 +14,7 @@ from benchmarks.rtl.stimuli import (
     passes,
 )
 
-_TERM_DOT = (VERILOG / "carry_save.v", VERILOG / "term_dot.v")
+_TERM_DOT = (PRODUCT / "carry_save.v", VERILOG / "term_dot.v")
 
 
 def _term_dot(*, lanes: int, groups: int = 1, columns: int = 1, indexed: bool = False) -> Design:
@@ -70,7 +70,7 @@ def _serial(name: str, group: int = 8) -> Design:
         name=f"serial_{name}" + (f"_{group}" if group != 8 else ""),
         title=f"group PE of {group}, one term a cycle, {title}",
         top="serial_pe",
-        sources=(VERILOG / "carry_save.v", VERILOG / "serial_pe.v"),
+        sources=(PRODUCT / "carry_save.v", VERILOG / "serial_pe.v"),
         parameters={**shape, "GROUP": group},
         group=8,
         driver=functools.partial(drive_serial, **driven, joined=group // 8),
@@ -92,7 +92,7 @@ def _unsigned_dot(form: str, *, lanes: int, groups: int = 1, columns: int = 1) -
         title=f"group PE, {lanes} terms of {groups} groups a cycle, {columns} columns, "
         + _TERM_TITLES[form],
         top=f"{form}_dot",
-        sources=(VERILOG / "carry_save.v", VERILOG / f"{form}_dot.v"),
+        sources=(PRODUCT / "carry_save.v", VERILOG / f"{form}_dot.v"),
         parameters={name.upper(): value for name, value in shape.items()},
         group=8,
         driver=functools.partial(drive_term_dot, **shape, form=form),
@@ -114,7 +114,7 @@ def _mac_dot(*, lanes: int, columns: int = 1, form: str = "plain") -> Design:
         name=f"{top}_{lanes}x{columns}",
         title=f"int8 dot product of {lanes}, {columns} columns, {_MAC_TITLES[form]}",
         top=top,
-        sources=(VERILOG / "carry_save.v", VERILOG / f"{top}.v"),
+        sources=(PRODUCT / "carry_save.v", VERILOG / f"{top}.v"),
         parameters={"LANES": lanes, "COLUMNS": columns},
         group=8,
         driver=functools.partial(drive_mac_dot, lanes=lanes, columns=columns, form=form),
