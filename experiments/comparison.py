@@ -1,434 +1,99 @@
-"""A comparison: several methods compress one float model, each with the same steps and seeds.
+"""A comparison: several methods compress one float model, each with the same steps and recipe.
 
 The start is shared: one float model is trained (or fine-tuned from published weights), and every
-member of the comparison, the float baseline included, trains for the same number of steps from it.
-A member is an ordinary run in a folder of its own (`experiments.train`), so it resumes, and a
-finished one is not run again. What all members' `results.json` hold is gathered into one table.
+member of the comparison, the float baseline included, trains for the same number of steps from it,
+with the same learning rates and soft labels. Members are those of a sweep (`experiments.sweep`), so
+a finished one is not run again, and calling a comparison with more methods, points, steps or seeds
+adds members to it.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import functools
+import itertools
 import json
-import multiprocessing
-import os
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import pandas as pd
+import scipy.stats
 from rich.console import Console
 
 from experiments.config import Config, ConfigError, override
 from experiments.runtime.log import write_json
-from stp_jax import data, hwmodel
-
-# What a method changes in the configuration, given terms per weight and the common group size;
-# None where the method cannot have that many terms.
-Method = Callable[[float, int], Mapping[str, Any] | None]
+from experiments.sweep import Member, run_members
 
 ALL_TERMS = 4  # per weight: what an 8-bit NAF value has at most; such a budget prunes nothing
-_PLAIN = {"distill": 0.0}  # straight-through training on the labels alone
+_SHARES = ("guided", "budgeted")  # stages that may take a share of a member's steps
+_START = Member({}, {"method": "start"})
 
 
-def _uniform(terms: float, group_size: int) -> dict[str, Any] | None:
-    budget = terms * group_size
-    if budget != round(budget):
-        return None
-    return {"budget": round(budget), "terms_per_weight": terms}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """A method: changes of the base's configuration.
 
+    In its settings ``{terms}`` stands for terms per weight and ``{budget}`` for terms per group; a
+    method with neither is run once for all points.
+    """
 
-def _term_revealing(terms: float, group_size: int) -> dict[str, Any] | None:
-    uniform = _uniform(terms, group_size)
-    return uniform and {**uniform, **_PLAIN, "method": "greedy", "encoding": "hese"}
+    title: str  # in tables and plots
+    settings: str  # as for --set
+    kind: Literal["baseline", "ours", "rival", "part"]  # a part: ours with one thing changed
+    shares: Mapping[str, float] = dataclasses.field(default_factory=dict)  # stage → of the steps
+    trained: bool = True
+    stage: str = "retrained"  # whose accuracy counts
+    reference: str | None = None  # of a part: the method without the change
 
+    def at(self, terms: float, group_size: int) -> dict[str, str] | None:
+        """The settings at so many terms per weight; None where its budget is no whole number."""
+        pairs = dict(setting.partition("=")[::2] for setting in self.settings.split())
+        budget = terms * int(pairs.get("group_size", group_size))
+        if "{budget}" in self.settings and budget != round(budget):
+            return None
+        return {k: v.format(terms=f"{terms:g}", budget=round(budget)) for k, v in pairs.items()}
 
-def _few_terms_per_weight(terms: float, group_size: int) -> dict[str, Any] | None:
-    del group_size
-    found = _uniform(terms, 1)
-    return found and {**found, **_PLAIN, "group_size": 1}
-
-
-def _ours(terms: float, _: int, **changes: Any) -> dict[str, Any]:
-    return {"terms_per_weight": terms, "allocate_for": "terms", **changes}
-
-
-METHODS: dict[str, Method] = {
-    # Term revealing (Kung et al., SC20), as published and with retraining.
-    "term revealing (not retrained)": lambda t, g: (
-        (found := _term_revealing(t, g)) and {**found, "train": False}
-    ),
-    "term revealing": _term_revealing,
-    # Every weight by itself, as in few-term codebooks (shift-add networks).
-    "term cap per weight": _few_terms_per_weight,
-    # The exact projection, the same budget in every layer.
-    "uniform group budgets": lambda t, g: (found := _uniform(t, g)) and {**found, **_PLAIN},
-    # No training at all: budgets by layer, and weights that make up for each other's errors.
-    "STP (not retrained)": functools.partial(_ours, compensate=True, train=False),
-    # STP as this project does it: budgets by layer, the float model's soft labels.
-    "STP": _ours,
-    # The same with the array's energy as what the budgets share out.
-    "STP for energy": functools.partial(_ours, allocate_for="energy"),
-    # From there, budgets trained with the weights: energy in the loss for the first steps.
-    "STP, energy in the loss": functools.partial(_ours, allocate_for="energy", budgeted_share=0.3),
-}
-
-# What each part of the method is worth: STP with one thing changed.
-ABLATIONS: dict[str, Mapping[str, Any]] = {
-    "with guidance": {"guided_share": 0.3},
-    "with compensation": {"compensate": True},
-    "without distillation": {"distill": 0.0},
-    "uniform budgets": {"uniform": True},
-    "unweighted errors": {"error_weighting": "none"},
-    "groups of 4": {"group_size": 4},
-    "groups of 16": {"group_size": 16},
-    "groups of 32": {"group_size": 32},
-    "booth4, uniform budgets": {"uniform": True, "encoding": "booth4"},
-    "binary, uniform budgets": {"uniform": True, "encoding": "binary"},
-}
+    @property
+    def has_points(self) -> bool:
+        """Whether it depends on the number of terms."""
+        return "{" in self.settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComparisonConfig:
-    """What is compared, on what, and for how long."""
+    """Settings of the comparison."""
 
     base: str = "stp_resnet20_cifar10"  # the experiment whose model, data and rates are used
     settings: str = ""  # changes of the base's configuration, as "data=folder data_dir=…"
     start_epochs: float = 1.0  # float training of the shared start
-    steps: int = 300  # of every member, from the start
     batch_size: int = 64  # of the members' steps
-    points: str = "1.0,0.5"  # terms per weight, with every seed
-    more_points: str = "0.75,0.375,0.25,2.0"  # terms per weight, with the first seed only
-    more_methods: str = "term revealing,uniform group budgets,STP,STP for energy"  # at these
-    seeds: int = 3
-    ablation: float | None = 0.5  # terms per weight of the ablation, first seed; none leaves it out
+    test: bool = True  # read the test examples; false while methods are chosen
+
+    # Run it again with other values to add members.
+    methods: tuple[str, ...] = ()  # by name; all by default
+    points: tuple[float, ...] = (1.0, 0.5, 0.375, 0.25)  # terms per weight
+    steps: tuple[int, ...] = (300,)  # of every member, from the start
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     jobs: int = 1  # members that run at a time, each in a process of its own
 
-    # Keys that a resumed comparison may change: each member keeps to its own configuration.
-    BOOKKEEPING: ClassVar = (
-        "points",
-        "more_points",
-        "more_methods",
-        "seeds",
-        "ablation",
-        "jobs",
-    )
+    BOOKKEEPING: ClassVar = ("methods", "points", "steps", "seeds", "jobs")
 
     def __post_init__(self) -> None:  # noqa: D105
-        for key in ("steps", "batch_size", "seeds", "jobs"):
+        for key in ("batch_size", "jobs"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key} must be 1 or more, got {getattr(self, key)}")
         if self.start_epochs < 0:
             raise ConfigError(f"start_epochs must be 0 or more, got {self.start_epochs}")
-        for key in ("points", "more_points"):
-            numbers(key, getattr(self, key))
-        unknown = [name for name in _names(self.more_methods) if name not in METHODS]
-        if unknown:
+        if any(not 0 < point <= ALL_TERMS for point in self.points):
             raise ConfigError(
-                f"more_methods must be among {', '.join(METHODS)}, got {', '.join(unknown)}"
+                f"points must be terms per weight in (0, {ALL_TERMS}], got {self.points}"
             )
-
-
-def numbers(key: str, text: str) -> list[float]:
-    """The terms per weight in a list with commas; ConfigError if they are none."""
-    try:
-        values = [float(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise ConfigError(f"{key} must be numbers with commas between, got {text!r}") from None
-    if any(not 0 < value <= ALL_TERMS for value in values):
-        raise ConfigError(f"{key} must be terms per weight in (0, {ALL_TERMS}], got {text!r}")
-    return values
-
-
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Member:
-    """One run of the comparison."""
-
-    method: str
-    terms: float | None  # per weight; None for float and int8
-    seed: int
-    ablation: bool = False
-    changes: Mapping[str, Any]
-
-    @property
-    def folder(self) -> str:
-        """A name for its folder, unique in the comparison."""
-        words = "".join(c if c.isalnum() else " " for c in self.method).split()
-        parts = ["ablation"] if self.ablation else []
-        parts += ["_".join(words)] + ([f"t{self.terms:g}"] if self.terms is not None else [])
-        return "-".join([*parts, f"seed{self.seed}"])
-
-
-def members(config: ComparisonConfig, base: Config) -> list[Member]:
-    """The runs of a comparison, the most telling first."""
-    found = []
-    points, more = (numbers(key, getattr(config, key)) for key in ("points", "more_points"))
-
-    def add(names: Iterable[str], terms: Sequence[float], seed: int) -> None:
-        for t in terms:
-            for name in names:
-                changes = METHODS[name](t, base.group_size)
-                if changes is not None:
-                    found.append(Member(method=name, terms=t, seed=seed, changes=changes))
-
-    for seed in range(config.seeds):
-        for name, changes in (
-            ("float", {"float_only": True}),
-            ("int8", {"budget": ALL_TERMS * base.group_size, **_PLAIN}),
-        ):
-            found.append(Member(method=name, terms=None, seed=seed, changes=changes))
-        add(METHODS, points, seed)
-        if seed == 0:
-            add(_names(config.more_methods), more, seed)
-    return found + _ablation(config, base)
-
-
-def _ablation(config: ComparisonConfig, base: Config) -> list[Member]:
-    if config.ablation is None:
-        return []
-    terms, result = config.ablation, []
-    for name, changed in ABLATIONS.items():
-        changes = dict(changed)
-        if changes.pop("uniform", False):
-            changes |= _uniform(terms, changes.get("group_size", base.group_size)) or {}
-        else:
-            changes = _ours(terms, base.group_size, **changes)
-        result.append(Member(method=name, terms=terms, seed=0, ablation=True, changes=changes))
-    return result
-
-
-def member_config(config: ComparisonConfig, base: Config, member: Member, start: Path, epoch: int):
-    """The configuration of a member's run.
-
-    Args:
-      start: the shared float model's file.
-      epoch: steps in an epoch at the members' batch size.
-    """
-    changes = dict(member.changes)
-    float_only, train = changes.pop("float_only", False), changes.pop("train", True)
-    guided, budgeted = (
-        round(changes.pop(share, 0.0) * config.steps)
-        for share in ("guided_share", "budgeted_share")
-    )
-    retrained = config.steps - guided - budgeted if train and not float_only else 0
-    if float_only:
-        changes |= {"budget": ALL_TERMS * base.group_size, "float_lr": base.retrain_lr}
-    return dataclasses.replace(
-        base,
-        **changes,
-        seed=member.seed,
-        batch_size=config.batch_size,
-        init_from=str(start),
-        float_epochs=config.steps / epoch if float_only else 0,
-        guided_epochs=guided / epoch,
-        budgeted_epochs=budgeted / epoch,
-        retrain_epochs=retrained / epoch,
-        log_every=25,
-        check_integers=False,
-        checkpoint_every=200,
-    )
-
-
-# --- Running --------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _dataset(name: str, data_dir: str | None, on_corrupt: str) -> Any:
-    """The images, read once by each process."""
-    return data.load(name, data_dir=data_dir, on_corrupt=on_corrupt)
-
-
-def _context(config: Config, workdir: Path, console: Console) -> Any:
-    from experiments.context import make_context
-
-    images = _dataset(config.data, config.data_dir, config.on_corrupt)
-    dataset = data.ImageData(dataset=images, augment=config.augment, image_size=config.image_size)
-    return make_context(config, workdir, console, dataset=dataset)
-
-
-def _run(config: Config, workdir: Path, name: str, known: Mapping[str, float]) -> None:
-    """One member, or what an interrupted run left of it; its console goes to a file."""
-    from experiments import report, stages
-    from experiments.runtime.workdir import claim_workdir, locked
-
-    claim_workdir(workdir, name, config)
-    if not (workdir / "stages.json").exists():
-        # What the shared start has by itself was measured once.
-        write_json(workdir / "stages.json", {"top1": dict(known)})
-    with locked(workdir), (workdir / "console.txt").open("a") as file:
-        context = _context(config, workdir, Console(file=file, width=120))
-        outcome = stages.train(context)
-        report.write_results(context, outcome, name)
-
-
-def run_comparison(
-    config: ComparisonConfig, base: Config, workdir: Path, name: str, console: Console
-) -> dict[str, Any]:
-    """Runs what is missing and gathers everything; returns what `results.json` holds.
-
-    Raises:
-      ConfigError: the settings do not fit together.
-    """
-    start = workdir / "start"
-    if not (start / "results.json").exists():
-        begin = dataclasses.replace(
-            base, float_epochs=config.start_epochs, guided_epochs=0, retrain_epochs=0
-        )
-        begin = dataclasses.replace(begin, budget=ALL_TERMS * base.group_size, bn_batches=0)
-        console.print("start: float")
-        _run(begin, start, name, {})
-    at_start = json.loads((start / "results.json").read_text())["top1_percent"]
-    console.print(f"start: float {at_start['float']:.2f} %, int8 {at_start['int8']:.2f} %")
-
-    images = len(_dataset(base.data, base.data_dir, base.on_corrupt).train)
-    epoch = images // config.batch_size
-    everyone = members(config, base)
-    jobs = {}
-    for member in everyone:
-        folder = workdir / "members" / member.folder
-        if not (folder / "results.json").exists():
-            one = member_config(config, base, member, start / "float.safetensors", epoch)
-            known = {} if member.method == "float" else at_start
-            known = {stage: known[stage] for stage in ("float", "int8") if stage in known}
-            jobs[member.folder] = (one, folder, name, known)
-    failed = _run_all(jobs, config.jobs, console)
-    results = gather(config, base, workdir, name, everyone)
-    if failed:
-        console.print(f"{len(failed)} members failed; run the same command again for them:")
-        for place, error in failed.items():
-            console.print(f"  {place}: {error}", highlight=False)
-    return results
-
-
-def _end_with_parent() -> None:
-    """Ends this worker when the process that started it is gone, however it went."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _run_all(jobs: Mapping[str, tuple], processes: int, console: Console) -> dict[str, str]:
-    """Runs members side by side; returns those that failed, with the reason."""
-    failed = {}
-
-    def done(member: str, error: BaseException | None) -> None:
-        folder = jobs[member][1]
-        if error is not None:
-            failed[str(folder)] = f"{type(error).__name__}: {error}"
-            console.print(f"{member}: failed", highlight=False)
-            return
-        top1 = json.loads((folder / "results.json").read_text())["top1_percent"]
-        console.print(
-            f"{member}: " + ", ".join(f"{k} {v:.2f}" for k, v in top1.items()),
-            highlight=False,
-        )
-
-    if processes == 1:
-        for member, job in jobs.items():
-            try:
-                _run(*job)
-            except Exception as error:  # one member's failure is no reason to stop the others
-                done(member, error)
-            else:
-                done(member, None)
-        return failed
-    # JAX must not be forked.
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(
-        processes, mp_context=spawn, initializer=_end_with_parent
-    ) as pool:
-        futures = {pool.submit(_run, *job): member for member, job in jobs.items()}
-        for future in concurrent.futures.as_completed(futures):
-            done(futures[future], future.exception())
-    return failed
-
-
-# --- Gathering ------------------------------------------------------------------------------------
-
-
-def _row(member: Member, results: Mapping[str, Any]) -> dict[str, Any]:
-    top1 = results["top1_percent"]
-    row = {
-        "method": member.method,
-        "terms": member.terms,
-        "seed": member.seed,
-        "ablation": member.ablation,
-        "top1": top1["float"] if member.method == "float" else top1["retrained"],
-        "projected": None if member.method == "float" else top1["projected"],
-    }
-    if member.terms is not None:
-        row |= {
-            "terms_held": results["terms_per_weight"]["budgeted_layers"],
-            "saving": results["computational_energy_saving"],
-            "saving_with_encoder": results["computational_energy_saving_with_encoder"],
-            "cycles": results["accelerator"]["group_pe"]["cycles"],
-            "budgets": results["budgets"],
-        }
-    return row
-
-
-def gather(
-    config: ComparisonConfig, base: Config, workdir: Path, name: str, everyone: Sequence[Member]
-) -> dict[str, Any]:
-    """Writes `results.json`: what was run, a row for each finished member, and the missing ones."""
-    start = json.loads((workdir / "start" / "results.json").read_text())
-    rows, missing = [], []
-    for member in everyone:
-        path = workdir / "members" / member.folder / "results.json"
-        if path.exists():
-            rows.append(_row(member, json.loads(path.read_text())))
-        else:
-            missing.append(member.folder)
-    results = {
-        "experiment": name,
-        **{key: start[key] for key in ("dataset", "model", "device", "machine", "versions")},
-        "technology": f"{hwmodel.HOROWITZ_45NM.node_nm:g} nm",
-        "array": start["accelerator"]["array"],
-        "start": start["top1_percent"],
-        "comparison": dataclasses.asdict(config),
-        "config": start["config"],
-        "rows": rows,
-        "missing": missing,
-    }
-    write_json(workdir / "results.json", results)
-    return results
-
-
-def summary(results: Mapping[str, Any], *, ablation: bool = False) -> pd.DataFrame:
-    """The members' results by method and terms, in percent, averaged over seeds.
-
-    Returns:
-      A row for each method and terms per weight: ``top1`` (mean), ``spread`` (standard deviation
-      over seeds, NaN for one), ``seeds``, ``loss`` (points below the float baseline of the same
-      steps, mean over the same seeds), ``projected`` (before retraining), ``saving``.
-    """
-    rows = pd.DataFrame(results["rows"])
-    baseline = rows[rows["method"] == "float"].set_index("seed")["top1"]
-    rows["loss"] = rows["seed"].map(baseline) - rows["top1"]
-    rows = rows[rows["ablation"] == ablation]
-    table = rows.groupby(["terms", "method"], sort=False, dropna=False).agg(
-        top1=("top1", "mean"),
-        spread=("top1", "std"),
-        seeds=("top1", "size"),
-        loss=("loss", "mean"),
-        projected=("projected", "mean"),
-        terms_held=("terms_held", "mean"),
-        saving=("saving", "mean"),
-        saving_with_encoder=("saving_with_encoder", "mean"),
-    )
-    return table.reset_index()
+        if any(number < 1 for number in self.steps):
+            raise ConfigError(f"steps must be 1 or more, got {self.steps}")
+        for key in ("points", "steps", "seeds"):
+            if not getattr(self, key):
+                raise ConfigError(f"{key} must have a value")
 
 
 def parse_base(config: Any) -> Config:
@@ -443,3 +108,213 @@ def parse_base(config: Any) -> Config:
     if not isinstance(base, Config):
         raise ConfigError(f"base={config.base} is no training experiment")
     return override(base, config.settings.split())
+
+
+def choose(config: ComparisonConfig, methods: Mapping[str, Method]) -> dict[str, Method]:
+    """The methods that a configuration names.
+
+    Raises:
+      ConfigError: there is no such method.
+    """
+    unknown = [name for name in config.methods if name not in methods]
+    if unknown:
+        raise ConfigError(f"methods must be among {', '.join(methods)}, got {', '.join(unknown)}")
+    return {name: methods[name] for name in config.methods or methods}
+
+
+def members(
+    config: ComparisonConfig, base: Config, methods: Mapping[str, Method], start: Path, epoch: int
+) -> Iterator[Member]:
+    """The runs of a comparison, seed by seed.
+
+    Args:
+      config: what to run.
+      base: what all members share.
+      methods: by name, the chosen ones.
+      start: the shared float model's file.
+      epoch: steps in an epoch at the members' batch size.
+    """
+    for seed, steps in itertools.product(config.seeds, config.steps):
+        for name, method in methods.items():
+            for terms in config.points if method.has_points else (None,):
+                own = method.at(ALL_TERMS if terms is None else terms, base.group_size)
+                if own is None:
+                    continue
+                parts = {stage: round(method.shares.get(stage, 0) * steps) for stage in _SHARES}
+                parts["retrain"] = steps - sum(parts.values()) if method.trained else 0
+                labels = {"method": name, "terms": terms, "steps": steps, "seed": seed}
+                settings = {
+                    **({} if terms is None else {"terms_per_weight": f"{terms:g}"}),
+                    **own,
+                    **{f"{stage}_epochs": repr(number / epoch) for stage, number in parts.items()},
+                    "float_epochs": "0",
+                    "seed": str(seed),
+                    "init_from": str(start),
+                    "measured": method.stage,
+                    "check_integers": "false",
+                    "log_every": "25",
+                    "checkpoint_every": "1000",
+                }
+                yield Member(settings, {k: v for k, v in labels.items() if v is not None})
+
+
+def run_comparison(
+    config: ComparisonConfig,
+    methods: Mapping[str, Method],
+    workdir: Path,
+    name: str,
+    console: Console,
+) -> dict[str, Any]:
+    """Runs what is missing and gathers everything; returns what `results.json` holds.
+
+    Raises:
+      ConfigError: the settings do not fit together.
+    """
+    base, chosen = parse_base(config), choose(config, methods)
+    runs = workdir / "members"
+    shared = [
+        *config.settings.split(),
+        f"batch_size={config.batch_size}",
+        f"test={str(config.test).lower()}",
+    ]
+    options: dict[str, Any] = {"name": config.base, "workdir": runs, "console": console}
+    begin = ["float", "int8", "allocated"]
+    settings = {
+        "float_epochs": repr(config.start_epochs),
+        "stages": ",".join(begin),
+        "budget": str(base.max_budget),
+    }
+    start = dataclasses.replace(_START, settings=settings)
+    override(base, [*shared, *start.arguments])
+    status = run_members([start], shared=shared, **options)
+    folder = runs / start.name
+    if status[start].startswith("failed"):
+        raise ConfigError(f"the float model of the comparison {status[start]}")
+    found = json.loads((folder / "results.json").read_text())
+    epoch = found["examples"]["train"] // config.batch_size
+    everyone = list(members(config, base, chosen, folder / "float.safetensors", epoch))
+    for member in everyone:
+        try:
+            override(base, [*shared, *member.arguments])
+        except ConfigError as error:
+            raise ConfigError(f"member {member.name}: {error}") from None
+    status = run_members(everyone, shared=shared, jobs=config.jobs, **options)
+    return gather(config, methods, workdir, name, status)
+
+
+# --- Gathering ------------------------------------------------------------------------------------
+
+
+def _row(labels: Mapping[str, Any], method: Method, results: Mapping[str, Any]) -> dict[str, Any]:
+    def at(split: str, stage: str) -> float | None:
+        return (results[split] or {}).get(stage)
+
+    return {
+        **{"terms": None, **labels},
+        "validation": at("validation_top1_percent", method.stage),
+        "test": at("top1_percent", method.stage),
+        "terms_held": results["terms_per_weight"]["budgeted_layers"],
+        "saving": results["computational_energy_saving"],
+        "saving_with_encoder": results["computational_energy_saving_with_encoder"],
+        "cycles": results["accelerator"]["group_pe"]["cycles"],
+        "terms_by_layer": results["terms_per_weight"]["by_layer"],
+    }
+
+
+def gather(
+    config: ComparisonConfig,
+    methods: Mapping[str, Method],
+    workdir: Path,
+    name: str,
+    status: Mapping[Member, str],
+) -> dict[str, Any]:
+    """Writes `results.json`: what was run, a row for each finished member, and the missing ones.
+
+    Members of earlier calls in the same folder count.
+    """
+    runs, index = workdir / "members", workdir / "members.json"
+    labels = json.loads(index.read_text()) if index.exists() else {}
+    labels |= {member.name: dict(member.labels) for member in status}
+    write_json(index, labels)
+    start = json.loads((runs / _START.name / "results.json").read_text())
+    rows, missing = [], []
+    for folder, label in labels.items():
+        path = runs / folder / "results.json"
+        if path.exists() and label["method"] in methods:
+            rows.append(_row(label, methods[label["method"]], json.loads(path.read_text())))
+        else:
+            missing.append(folder)
+    copied = ("dataset", "examples", "model", "device", "machine", "versions")
+    results = {
+        "experiment": name,
+        **{key: start[key] for key in copied},
+        "technology": start["accelerator"]["technology"],
+        "array": start["accelerator"]["array"],
+        "start": {key: start[key] for key in ("validation_top1_percent", "top1_percent")},
+        "comparison": dataclasses.asdict(config),
+        "config": start["config"],
+        "methods": {name: dataclasses.asdict(method) for name, method in methods.items()},
+        "rows": rows,
+        "missing": missing,
+    }
+    write_json(workdir / "results.json", results)
+    return results
+
+
+# --- Statistics -----------------------------------------------------------------------------------
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half the width of the mean's 95 % confidence interval (Student's t); NaN for one value.
+
+    >>> round(interval([1.0, 2.0, 3.0]), 3)
+    2.484
+    """
+    n = len(values)
+    if n < 2:
+        return float("nan")
+    return float(scipy.stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+
+
+def summary(results: Mapping[str, Any], split: str = "test") -> pd.DataFrame:
+    """Accuracies by method, terms and steps, in percent, over seeds.
+
+    Args:
+      results: what `gather` returned.
+      split: "test" or "validation".
+
+    Returns:
+      A row for each method, terms per weight and steps: ``top1`` (mean), ``interval`` (half of the
+      95 % one), ``seeds``, ``loss`` (mean points below the float baseline of the same steps and
+      seed) with ``loss_interval``, ``change`` (of a part: points over its reference, paired by
+      seed) with ``change_interval``, and means of the terms held, the savings and the cycles.
+    """
+    rows = pd.DataFrame(results["rows"]).rename(columns={split: "top1"})
+    rows = rows[rows["top1"].notna()]
+    baseline = pd.Series("float", rows.index)
+    rows["loss"] = _paired(rows, baseline, points=False) - rows["top1"]
+    references = rows["method"].map(lambda name: results["methods"][name]["reference"])
+    rows["change"] = rows["top1"] - _paired(rows, references, points=True)
+    groups = rows.groupby(["method", "terms", "steps"], sort=False, dropna=False)
+    table = groups.agg(
+        top1=("top1", "mean"),
+        interval=("top1", interval),
+        seeds=("top1", "size"),
+        loss=("loss", "mean"),
+        loss_interval=("loss", interval),
+        change=("change", "mean"),
+        change_interval=("change", interval),
+        terms_held=("terms_held", "mean"),
+        saving=("saving", "mean"),
+        saving_with_encoder=("saving_with_encoder", "mean"),
+        cycles=("cycles", "mean"),
+    )
+    return table.reset_index()
+
+
+def _paired(rows: pd.DataFrame, references: pd.Series, *, points: bool) -> pd.Series:
+    """Top-1 of each row's reference method with the same seed and steps (and terms)."""
+    keys = ["method", "steps", "seed", *(["terms"] if points else [])]
+    known = rows.drop_duplicates(keys).set_index(keys)["top1"]
+    wanted = zip(references, *(rows[key] for key in keys[1:]), strict=True)
+    return pd.Series([known.get(key, np.nan) for key in wanted], rows.index)

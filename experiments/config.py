@@ -45,6 +45,7 @@ class Config:
     data: str = "digits"  # "digits", "python_docs" (text), "folder", or a TFDS image data set
     data_dir: str | None = None  # where the folder or TFDS's prepared data lie
     on_corrupt: Literal["error", "skip"] = "error"  # unreadable images in a folder
+    validation: float = 0.1  # fraction held out of training, by class; choices are made on it
     augment: str = "none"  # of training images
     image_size: int | None = None  # side in pixels; None keeps the data set's
     window: int = 64  # characters that a language model reads at once
@@ -84,9 +85,11 @@ class Config:
     method: Method = "optimal"
     terms_per_weight: float = 0.75  # mean over the layers with budgets, when they are allocated
     allocate_for: Resource = "balanced"  # what the mean is of (`stp_jax.term_costs`)
-    error_weighting: Literal["gradients", "none"] = "gradients"  # weights of the errors
+    budgets_by: Literal["layer", "filter"] = "layer"  # what gets an allocated budget of its own
+    # Weights of errors: divergence of the outputs by layer, or squared gradients by weight.
+    error_weighting: Literal["outputs", "gradients", "none"] = "outputs"
     budget: int | None = None  # terms per group, the same in every layer; None allocates
-    budgets: str | None = None  # JSON file {layer: terms per group}, by hand
+    budgets: str | None = None  # JSON file {layer: terms per group, or a list by filter}, by hand
     int8_layers: str | None = None  # paths that keep all terms; None is the model's own choice
     activation_bits: int = 8
     guidance: float = 0.05  # fraction of the way to few-term values per step, at its peak
@@ -98,6 +101,8 @@ class Config:
 
     # Whether the retrained model is evaluated in integers as well.
     check_integers: bool = True
+    test: bool = True  # read the test examples, once, when all stages are done
+    measured: tuple[str, ...] = ()  # stages whose accuracy is measured; none named: all
 
     # Accelerator.
     rows: int = 32
@@ -117,7 +122,10 @@ class Config:
         "eval_batch_size",
         "data_dir",
         "sharding",
+        "test",
     )
+    # What runs did before a key was there, where that is not its default.
+    BEFORE: ClassVar = {"validation": 0.0}
 
     def __post_init__(self) -> None:  # noqa: D105
         _check(self)
@@ -151,6 +159,11 @@ def _check(c: Config) -> None:
         need(getattr(c, key) >= 0, key, "0 or more")
     for key in ("float_lr", "guided_lr", "retrain_lr", "budget_lr", "temperature"):
         need(getattr(c, key) > 0, key, "positive")
+    absent = [name for name in c.measured if name not in c.stages]
+    need(not absent, "measured", f"among the stages {', '.join(c.stages)}")
+    need(0 <= c.validation <= 0.5, "validation", "from 0 to 0.5")
+    if not (c.validation or c.test):
+        raise ConfigError("test=false needs examples to evaluate on; set validation above 0")
     for key in ("warmup", "distill", "guidance"):
         need(0 <= getattr(c, key) <= 1, key, "in [0, 1]")
     for key in ("momentum", "label_smoothing"):
@@ -246,7 +259,8 @@ def choices(hint: Any) -> tuple[Any, ...]:
 def _parse(key: str, text: str, hint: Any) -> Any:
     """The value that the text of ``--set key=text`` stands for."""
     if typing.get_origin(hint) is tuple:
-        return tuple(part.strip() for part in text.split(",") if part.strip())
+        kind = typing.get_args(hint)[0]
+        return tuple(_parse(key, part.strip(), kind) for part in text.split(",") if part.strip())
     parts = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
     if type(None) in parts and text.lower() in ("none", ""):
         return None
@@ -316,10 +330,11 @@ def override(config: AnyConfig, settings: Sequence[str]) -> AnyConfig:
 
 
 def differences(ours: Any, theirs: Mapping[str, Any]) -> list[str]:
-    """What differs in effect from a stored configuration, as ``key: theirs → ours``."""
+    """Differences in effect from a stored configuration, as ``key: theirs → ours``."""
     mine, stored = (json.loads(json.dumps(x)) for x in (dataclasses.asdict(ours), dict(theirs)))
     # A run of an older version did what a key that it did not know has as its default.
-    stored = {**json.loads(json.dumps(dataclasses.asdict(type(ours)()))), **stored}
+    unsaid = {**dataclasses.asdict(type(ours)()), **getattr(ours, "BEFORE", {})}
+    stored = {**json.loads(json.dumps(unsaid)), **stored}
     keys = [key for key in mine if key not in getattr(ours, "BOOKKEEPING", ())]
     return [
         f"{key}: {stored.get(key)!r} → {mine[key]!r}"

@@ -40,7 +40,7 @@ def data_seed(seed: int, stage: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What every stage needs."""
+    """Data, devices and configuration of a run."""
 
     config: Config
     workdir: Path
@@ -89,19 +89,24 @@ class Context:
 
 # Data other than images, by the value of the key ``data``.
 DATA: dict[str, Callable[[Config], data.TrainingData]] = {
-    data.TEXT: lambda config: data.load_text(window=config.window),
+    data.TEXT: lambda c: data.load_text(window=c.window, validation=c.validation),
 }
 
 
 def load_data(config: Config) -> data.TrainingData:
-    """What the configuration names: an entry of `DATA`, or images (`stp_jax.data.load`).
+    """The data of a configuration: an entry of `DATA`, or images (`stp_jax.data.load`).
 
     Raises:
       ValueError: the data are not there; the message says how to get them.
     """
     if config.data in DATA:
         return DATA[config.data](config)
-    dataset = data.load(config.data, data_dir=config.data_dir, on_corrupt=config.on_corrupt)
+    dataset = data.load(
+        config.data,
+        data_dir=config.data_dir,
+        on_corrupt=config.on_corrupt,
+        validation=config.validation,
+    )
     return data.ImageData(dataset=dataset, augment=config.augment, image_size=config.image_size)
 
 
@@ -188,9 +193,7 @@ def check_model(context: Context) -> None:
         raise ConfigError(f"int8_layers={config.int8_layers}: {error}") from error
     if config.budgets is not None:
         shapes = nnx.eval_shape(lambda model: stp_jax.quantize(model, policy), abstract)
-        quantized = stp_jax.quantized_layers(shapes)
-        rules = {path: layer.rule for path, layer in quantized.items()}
-        read_budgets(config, [path for path, rule in rules.items() if rule.budget is not None])
+        read_budgets(config, filters(shapes))
 
 
 def make_policy(config: Config, model: nnx.Module) -> stp_jax.Policy:
@@ -206,8 +209,22 @@ def make_policy(config: Config, model: nnx.Module) -> stp_jax.Policy:
     )
 
 
-def read_budgets(config: Config, layers: list[str]) -> dict[str, int]:
-    """Budgets by hand, from the JSON file of terms per group by layer that the configuration names.
+def filters(model: nnx.Module) -> dict[str, int]:
+    """The number of filters of each layer with a budget rule."""
+    layers = stp_jax.quantized_layers(model)
+    return {
+        path: layer.kernel.shape[-1]
+        for path, layer in layers.items()
+        if layer.rule.budget is not None
+    }
+
+
+def read_budgets(config: Config, layers: Mapping[str, int]) -> dict[str, Any]:
+    """Budgets by hand, from the JSON file that the configuration names.
+
+    Args:
+      config: names the file, which gives terms per group by layer: a number, or a list by filter.
+      layers: path → number of filters.
 
     Raises:
       ConfigError: it does not fit the layers, or a budget is out of its range.
@@ -222,10 +239,13 @@ def read_budgets(config: Config, layers: list[str]) -> dict[str, int]:
             f"budgets={config.budgets} must give terms per group for these layers: "
             + ", ".join(layers)
         )
-    for path, k in values.items():
-        if type(k) is not int or not 0 <= k <= config.max_budget:
+    for path, budget in values.items():
+        each = budget if isinstance(budget, list) else [budget] * layers[path]
+        good = [type(k) is int and 0 <= k <= config.max_budget for k in each]
+        if not all(good) or len(good) != layers[path]:
             raise ConfigError(
                 f"budgets={config.budgets}: {path} must have a whole number of terms from 0 to "
-                f"{config.max_budget}, got {k!r}"
+                f"{config.max_budget}, or a list of them for its {layers[path]} filters, got "
+                f"{budget!r}"
             )
     return values

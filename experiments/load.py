@@ -14,7 +14,7 @@ from stp_jax import export
 
 
 class LoadedRun(NamedTuple):
-    """What `load_run` finds."""
+    """A finished run, as `load_run` reads it."""
 
     model: nnx.Module  # the STP model that the last stage left, in evaluation mode
     config: Config
@@ -41,7 +41,8 @@ def load_run(workdir: str | Path) -> LoadedRun:
     if not (workdir / "model.safetensors").is_file():
         raise ConfigError(f"{workdir} holds results of {results['experiment']}, but no model")
     # The float weights that the run started from are in the model's file already.
-    config = Config(**{**stored, "stages": tuple(stored["stages"]), "init_from": None})
+    lists = {key: tuple(value) for key, value in stored.items() if isinstance(value, list)}
+    config = Config(**{**stored, **lists, "init_from": None})
     float_model = make_float_model(config, load_data(config))
     model = export.load_packed(float_model, workdir / "model.safetensors")
     model.eval()

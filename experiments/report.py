@@ -1,22 +1,32 @@
-"""The report of a run: accelerator figures, the packed model, plots, and `results.json`."""
+"""The report of a run: accelerator figures, the packed model, plots, and `results.json`.
+
+``python -m experiments.report DIR`` prints a finished run again; with several folders, side by
+side, and what differs in their configurations.
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.metadata
+import json
 import platform
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import matplotlib.figure
 import numpy as np
+import pandas as pd
 from rich.console import Console
 
 import stp_jax
+from experiments.config import ConfigError
 from experiments.context import Context
 from experiments.runtime.log import write_json
-from experiments.stages import Outcome
+from experiments.stages import Outcome, plain
 from stp_jax import export, hwmodel
 
 _PACKAGES = ("stp-jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain")
@@ -65,9 +75,13 @@ def write_results(context: Context, outcome: Outcome, name: str) -> dict[str, An
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         "machine": platform.platform(),
         "seed": config.seed,
-        "top1_percent": outcome.top1,
+        "top1_percent": outcome.test or None,
+        "validation_top1_percent": outcome.validation or None,
+        "examples": {
+            split: len(getattr(context.dataset, split)) for split in ("train", "validation", "test")
+        },
         "terms_per_weight": _terms(outcome, config.encoding),
-        "budgets": outcome.budgets,
+        "budgets": {path: plain(budget) for path, budget in outcome.budgets.items()},
         "bytes": export.packed_sizes(outcome.model).total._asdict(),
         "accelerator": {
             "array": f"{config.rows}×{config.cols}, input-stationary",
@@ -88,13 +102,21 @@ def write_results(context: Context, outcome: Outcome, name: str) -> dict[str, An
     return results
 
 
+def _accuracies(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Top-1 by stage of each split that was evaluated, in percent."""
+    found = {"validation": "validation_top1_percent", "test": "top1_percent"}
+    return {split: results[key] for split, key in found.items() if results[key]}
+
+
 def _print(console: Console, results: dict[str, Any], ours: hwmodel.Report) -> None:
-    top1, terms = results["top1_percent"], results["terms_per_weight"]
+    terms = results["terms_per_weight"]
     console.print(f"\n{results['dataset']}; {results['device']}", highlight=False)
     console.print(ours.table(), highlight=False, soft_wrap=True)
     console.print(
-        "\ntop-1 "
-        + ", ".join(f"{stage} {top1[stage]:.2f} %" for stage in top1)
+        "".join(
+            f"\n{split} top-1 " + ", ".join(f"{stage} {v:.2f} %" for stage, v in top1.items())
+            for split, top1 in _accuracies(results).items()
+        )
         + f"\nterms per weight {terms['budgeted_layers']:.3f} over the layers with budgets, "
         f"{terms['all_layers']:.3f} over all"
         + "\nkB: "
@@ -116,17 +138,24 @@ def _plot(folder: Path, results: dict[str, Any]) -> None:
     folder.mkdir(exist_ok=True)
 
     figure, axes = _figure()
-    stages, values = zip(*results["top1_percent"].items(), strict=True)
-    axes.bar_label(axes.bar(stages, values), fmt="%.2f")
+    accuracies = _accuracies(results)
+    width, lowest = 0.8 / len(accuracies), 100.0
+    for i, (split, top1) in enumerate(accuracies.items()):
+        bars = axes.bar(np.arange(len(top1)) + i * width, list(top1.values()), width, label=split)
+        axes.bar_label(bars, fmt="%.1f", fontsize="small")
+        axes.set_xticks(np.arange(len(top1)) + width / 2 * (len(accuracies) - 1), list(top1))
+        lowest = min(lowest, *top1.values())
     axes.set(ylabel="top-1 accuracy (%)", title=results["dataset"])
-    axes.set_ylim(max(0, min(values) - 5), 100.5)
+    axes.title.set_fontsize("small")
+    axes.legend(loc="lower left")
+    axes.set_ylim(max(0, lowest - 5), 101)
     figure.savefig(folder / "accuracy_by_stage.png", dpi=150)
 
     figure, axes = _figure()
     by_layer = results["terms_per_weight"]["by_layer"]
     group_size = results["config"]["group_size"]
     axes.bar(list(by_layer), list(by_layer.values()), label="held by the weights")
-    budgets = results["budgets"]
+    budgets = stp_jax.mean_budgets(results["budgets"])
     axes.plot(
         list(budgets), [k / group_size for k in budgets.values()], "k_", ms=12, label="budget"
     )
@@ -149,3 +178,76 @@ def _plot(folder: Path, results: dict[str, Any]) -> None:
     )
     axes.legend()
     figure.savefig(folder / "energy_by_component.png", dpi=150)
+
+
+# --- Finished runs --------------------------------------------------------------------------------
+
+
+def comparison_table(runs: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """The main figures of several runs side by side, a column each.
+
+    Args:
+      runs: name → what the run's `results.json` holds.
+    """
+    return pd.DataFrame({name: _figures(results) for name, results in runs.items()}).fillna("")
+
+
+def _figures(results: dict[str, Any]) -> dict[str, str]:
+    figures = {"model": results["model"], "seed": str(results["seed"])}
+    for split, top1 in _accuracies(results).items():
+        figures |= {f"{split} {stage}, %": f"{value:.2f}" for stage, value in top1.items()}
+    terms, array = results["terms_per_weight"], results["accelerator"]["group_pe"]
+    return figures | {
+        "terms per weight": f"{terms['budgeted_layers']:.3f}",
+        "cycles": f"{array['cycles']:,}",
+        "array energy, µJ": f"{array['energy_uj']['array']:.3f}",
+        "saving": f"{results['computational_energy_saving']:.2f}×",
+        "saving with encoders": f"{results['computational_energy_saving_with_encoder']:.2f}×",
+    }
+
+
+def differing_keys(runs: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """Keys of the configurations that are not the same in all runs, a column for each run."""
+    configs = {name: results["config"] for name, results in runs.items()}
+    keys = dict.fromkeys(key for config in configs.values() for key in config)
+    rows = {key: [config.get(key, "not there") for config in configs.values()] for key in keys}
+    different = {k: list(map(str, v)) for k, v in rows.items() if any(x != v[0] for x in v)}
+    return pd.DataFrame.from_dict(different, orient="index", columns=list(configs))
+
+
+def _read(folder: str) -> dict[str, Any]:
+    path = Path(folder) / "results.json"
+    try:
+        results = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{folder} holds no finished run: {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON: {error}") from error
+    if "terms_per_weight" not in results:
+        raise ConfigError(f"{folder} holds results of {results.get('experiment')}, no training run")
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints a finished run again, or several side by side; 2 if a folder holds none."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.report", description=(main.__doc__ or "").partition(";")[0]
+    )
+    parser.add_argument("folder", nargs="+", help="work folders of finished training runs")
+    folders = parser.parse_args(arguments).folder
+    try:
+        runs = {folder: _read(folder) for folder in dict.fromkeys(folders)}
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for results in {r["dataset"]: r for r in runs.values()}.values():
+        print(f"{results['dataset']}; {results['device']}")
+    print(comparison_table(runs).to_string())
+    if len(runs) > 1:
+        different = differing_keys(runs)
+        print("\nconfigurations: " + (f"\n{different.to_string()}" if len(different) else "equal"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

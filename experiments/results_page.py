@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,12 @@ DOCS = Path(__file__).parents[1] / "docs"
 DATA = DOCS / "results" / "compare_methods.json"
 PROJECTIONS = DATA.with_name("compare_projections.json")
 COMMAND = "python -m experiments.results_page"
-
-
-def _number(value: Any, form: str) -> str:
-    return "" if value is None or pd.isna(value) else format(value, form)
-
-
-def _top1(row: Mapping[str, Any]) -> str:
-    spread = "" if pd.isna(row["spread"]) else f" ± {row['spread']:.2f}"
-    return f"{row['top1']:.2f}{spread} ({int(row['seeds'])})"
+_STYLES = {"ours": ("o", "-"), "rival": ("s", "--"), "part": ("^", ":")}
 
 
 def _portable(results: Mapping[str, Any]) -> str:
     """The results as JSON, with files' names in the place of their paths on that machine."""
-    text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
     for key in ("data_dir", "init_from"):
         path = results["config"][key]
         if path:
@@ -45,59 +37,111 @@ def _portable(results: Mapping[str, Any]) -> str:
     return text
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def _number(value: Any, form: str, unit: str = "") -> str:
+    return "" if value is None or pd.isna(value) else format(value, form) + unit
+
+
+def _between(mean: float, half: float, form: str = ".2f") -> str:
+    """A mean and half of its 95 % interval; alone where there is one value."""
+    return _number(mean, form) + ("" if pd.isna(half) else f" ± {half:.2f}")
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _methods(table: pd.DataFrame) -> str:
-    header = [
-        "terms per weight",
-        "method",
-        "top-1, % (seeds)",
-        "points below float",
-        "before retraining, %",
-        "terms held",
-        "energy saving",
-        "with encoders",
-    ]
+def _methods(results: Mapping[str, Any], table: pd.DataFrame) -> str:
     rows = []
     for row in table.sort_values("terms", ascending=False, kind="stable").to_dict("records"):
         rows.append(
             [
                 _number(row["terms"], "g"),
-                row["method"],
-                _top1(row),
-                _number(row["loss"], ".2f"),
-                _number(row["projected"], ".2f"),
+                results["methods"][row["method"]]["title"],
+                f"{_between(row['top1'], row['interval'])} ({int(row['seeds'])})",
+                _between(row["loss"], row["loss_interval"]),
                 _number(row["terms_held"], ".3f"),
-                _number(row["saving"], ".2f") + "×",
-                _number(row["saving_with_encoder"], ".2f") + "×",
+                _number(row["saving"], ".2f", "×"),
+                _number(row["cycles"], ",.0f"),
             ]
         )
+    header = [
+        "terms per weight",
+        "method",
+        "test top-1, % (seeds)",
+        "points below float",
+        "terms held",
+        "energy saving, table",
+        "cycles",
+    ]
     return _table(header, rows)
 
 
-def _ablation(table: pd.DataFrame, reference: Mapping[str, Any]) -> str:
-    rows = [["STP", f"{reference['top1']:.2f}", "", f"{reference['projected']:.2f}"]]
-    for row in table.to_dict("records"):
-        change = row["top1"] - reference["top1"]
-        rows.append(
-            [row["method"], f"{row['top1']:.2f}", f"{change:+.2f}", f"{row['projected']:.2f}"]
-        )
-    return _table(["one thing changed", "top-1, %", "change", "before retraining, %"], rows)
-
-
-def _budgets(results: Mapping[str, Any]) -> str:
+def _parts(results: Mapping[str, Any], table: pd.DataFrame) -> list[str]:
     rows = [
-        r for r in results["rows"] if r["method"] == "STP" and not r["ablation"] and r["seed"] == 0
+        [
+            f"{row['terms']:g}",
+            results["methods"][row["method"]]["title"],
+            _between(row["change"], row["change_interval"], "+.2f"),
+            str(int(row["seeds"])),
+            "yes" if abs(row["change"]) > row["change_interval"] else "no",
+        ]
+        for row in table.sort_values("terms", ascending=False, kind="stable").to_dict("records")
     ]
+    if not rows:
+        return []
+    header = ["terms per weight", "changed", "points, paired by seed", "seeds", "beyond noise"]
+    return [
+        "## What each part is worth",
+        "One thing is changed in the method named first in the tables above; the interval is that "
+        "of the paired differences. *Beyond noise*: it excludes zero.",
+        _table(header, rows),
+    ]
+
+
+def _by_steps(results: Mapping[str, Any], table: pd.DataFrame) -> list[str]:
+    numbers = sorted(table["steps"].unique())
+    if len(numbers) < 2:
+        return []
+    rows = []
+    for (method, terms), found in table.groupby(["method", "terms"], sort=False, dropna=False):
+        if len(found) < 2:
+            continue
+        by = found.set_index("steps")
+        cells = [
+            _between(by.loc[n, "top1"], by.loc[n, "interval"]) if n in by.index else ""
+            for n in numbers
+        ]
+        rows.append([_number(terms, "g"), results["methods"][method]["title"], *cells])
+    return [
+        "## Longer training",
+        "Validation top-1, %, after as many steps as the column says:",
+        _table(["terms per weight", "method", *(f"{n:,}" for n in numbers)], rows),
+    ]
+
+
+def _layers(results: Mapping[str, Any]) -> list[str]:
+    """Terms per weight by layer of the first seed of our first method."""
+    name = next(name for name, m in results["methods"].items() if m["kind"] == "ours")
+    seed, steps = (min(row[key] for row in results["rows"]) for key in ("seed", "steps"))
+    rows = [
+        row
+        for row in results["rows"]
+        if (row["method"], row["seed"], row["steps"]) == (name, seed, steps)
+    ]
+    if not rows:
+        return []
     rows.sort(key=lambda row: -row["terms"])
-    header = ["layer", *(f"{row['terms']:g}" for row in rows)]
-    return _table(
-        header,
-        [[path, *(str(row["budgets"][path]) for row in rows)] for path in rows[0]["budgets"]],
-    )
+    held = [
+        [path, *(f"{r['terms_by_layer'][path]:.3f}" for r in rows)]
+        for path in rows[0]["terms_by_layer"]
+    ]
+    return [
+        "## Terms by layer",
+        f"Terms per weight that the layers hold with {results['methods'][name]['title']}, seed "
+        f"{seed}, by what the budgets allow in all:",
+        _table(["layer", *(f"{row['terms']:g}" for row in rows)], held),
+    ]
 
 
 def _projections(study: Mapping[str, Any]) -> list[str]:
@@ -109,23 +153,9 @@ def _projections(study: Mapping[str, Any]) -> list[str]:
     return [
         "## Before any retraining",
         f"What each way of projecting {study['model']} leaves of float's "
-        f"{reference['float']:.2f} % and int8's {reference['int8']:.2f} % (top-1, %, by terms per "
-        f"weight, the same in every layer) on {study['dataset']}:",
+        f"{reference['float']:.2f} % and int8's {reference['int8']:.2f} % ({study['split']} top-1, "
+        f"%, by terms per weight, the same in every layer) on {study['dataset']}:",
         _table(["projection", *points], rows),
-    ]
-
-
-def _caveats(base: Mapping[str, Any]) -> list[str]:
-    """What the reader of older results must know."""
-    if "stages" in base or base["data"] != "folder":
-        return []
-    return [
-        "!!! warning",
-        "    These runs calibrated on the first training examples of a folder in the order of its "
-        "classes: images of one class. Input scales, allocated budgets, compensation and bias "
-        "correction rest on them. Runs draw these examples at random now; these were not "
-        "repeated yet. Settings were tried on the test images, and only STP learned from soft "
-        "labels: with soft labels for all, uniform budgets are within half a point of STP's.",
     ]
 
 
@@ -136,52 +166,43 @@ def page(results: Mapping[str, Any], study: Mapping[str, Any] | None = None) -> 
       results: what `experiments.comparison.gather` wrote.
       study: what the experiment ``compare_projections`` wrote, if it was run.
     """
-    config, base = results["comparison"], results["config"]
-    methods, changed = summary(results), summary(results, ablation=True)
-    plain = methods[methods["terms"].isna()].set_index("method")
+    config, base, methods = results["comparison"], results["config"], results["methods"]
+    table, steps = summary(results), min(row["steps"] for row in results["rows"])
+    kinds = table["method"].map(lambda name: methods[name]["kind"])
+    first = table["steps"] == steps
+    start = results["start"]["validation_top1_percent"]
+    baselines = [
+        f"{methods[row['method']]['title']} **{_between(row['top1'], row['interval'])} %**"
+        for row in table[first & (kinds == "baseline")].to_dict("records")
+    ]
+    source = f"`{Path(base['init_from']).name}`" if base["init_from"] else "random weights"
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    start = results["start"]
-    float_row, int8_row = plain.loc["float"], plain.loc["int8"]
     text = [
         "# Results",
         f"<!-- Written by `{COMMAND}`; do not edit. -->",
         f"{results['model']} on {results['dataset']}. One float model is the start of every row: "
-        f"{base['float_epochs']:g} epoch(s) from "
-        + (f"`{Path(base['init_from']).name}`" if base["init_from"] else "random weights")
-        + f", {start['float']:.2f} % in float and {start['int8']:.2f} % in int8. From there every "
-        f"method, the float baseline included, trains {config['steps']} steps of "
-        f"{config['batch_size']} images; only seeds and methods differ. All but STP learn from the "
-        "labels alone, as their papers do; STP also from the float model's soft labels. Groups "
+        f"{base['float_epochs']:g} epoch(s) from {source}, validation {start['float']:.2f} % in "
+        f"float and {start['int8']:.2f} % in int8. From there every method, the baselines "
+        f"included, trains {steps} steps of {config['batch_size']} images with the same rates and "
+        "the same soft labels of that model; only seeds and methods differ. Settings were chosen "
+        "on the validation examples; the test examples were read by the final runs alone. Groups "
         f"hold {base['group_size']} weights; first and last layer keep all terms of int8. "
+        "Means over seeds with 95 % confidence intervals (Student's t). "
         f"Device: {results['device']}.",
-        *_caveats(base),
-        f"Float after these steps: **{_top1(float_row)} %**. Int8: {_top1(int8_row)} %.",
+        f"Test top-1 after these steps: {', '.join(baselines)}.",
         "## Methods at equal terms per weight",
-        "*Points below float* compares equal seeds. *Energy saving* is the int8 bit-parallel "
-        "array's computational energy over the group PE's, same network, "
-        f"{results['array']}, {results['technology']}; memory is apart, and the same for all. "
-        "*Terms held* are those of the trained integers, at most the budget.",
-        _methods(methods[methods["terms"].notna()]),
+        "*Points below float* compares equal seeds and steps. *Energy saving* is the int8 "
+        "bit-parallel array's computational energy over the group PE's, same network, "
+        f"{results['array']}, {results['technology']} by the table of arithmetic energies (gates "
+        "save less: [Hardware](hardware.md)); memory is apart, and the same for all. *Terms held* "
+        "are those of the trained integers, at most the budget.",
+        _methods(results, table[first & kinds.isin(["ours", "rival"])]),
         "![Top-1 over computational energy saving](images/results_pareto.png)",
+        *_parts(results, table[first & (kinds == "part")]),
+        *_by_steps(results, summary(results, "validation")),
+        *_layers(results),
+        *(_projections(study) if study else []),
     ]
-    ours = methods[(methods["method"] == "STP") & (methods["terms"] == config["ablation"])]
-    if len(changed) and len(ours):
-        reference = next(
-            row
-            for row in results["rows"]
-            if row["method"] == "STP" and row["terms"] == config["ablation"] and row["seed"] == 0
-        )
-        text += [
-            f"## What each part is worth, at {config['ablation']:g} terms per weight",
-            "One seed; differences below half a point are within the noise of a seed.",
-            _ablation(changed, reference),
-        ]
-    text += [
-        "## Budgets by layer",
-        "Terms per group that the allocator gives each layer, by terms per weight:",
-        _budgets(results),
-    ]
-    text += _projections(study) if study else []
     if results["missing"]:
         count = len(results["missing"])
         text += [f"{count} of {count + len(results['rows'])} runs of the comparison were not made."]
@@ -191,21 +212,31 @@ def page(results: Mapping[str, Any], study: Mapping[str, Any] | None = None) -> 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
     """The accuracy–energy front of every method as a PNG."""
-    table = summary(results)
+    methods, table = results["methods"], summary(results)
+    table = table[table["steps"] == table["steps"].min()]
     figure = matplotlib.figure.Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     for method, rows in table[table["terms"].notna()].groupby("method", sort=False):
+        if methods[method]["kind"] == "part":
+            continue
         rows = rows.sort_values("saving")
+        marker, line = _STYLES[methods[method]["kind"]]
         axes.errorbar(
-            rows["saving"], rows["top1"], yerr=rows["spread"].fillna(0), marker="o", label=method
+            rows["saving"],
+            rows["top1"],
+            yerr=rows["interval"].fillna(0),
+            marker=marker if methods[method]["trained"] else "x",
+            linestyle=line if methods[method]["trained"] else ":",
+            capsize=3,
+            label=methods[method]["title"],
         )
     baseline = float(table.loc[table["method"] == "float", "top1"].iloc[0])
-    axes.axhline(baseline, color="gray", linestyle="--", label="float")
-    lowest = table.loc[~table["method"].str.contains("not retrained"), "top1"].min()
-    axes.set_ylim(lowest - 1, baseline + 1)
+    axes.axhline(baseline, color="gray", linewidth=1, label="float, same steps")
+    trained = table["method"].map(lambda name: methods[name]["trained"])
+    axes.set_ylim(table.loc[trained, "top1"].min() - 1, baseline + 1)
     axes.set(
-        xlabel="computational energy saving over int8 bit-parallel (×)",
-        ylabel="top-1 accuracy (%)",
+        xlabel="computational energy saving over int8 bit-parallel, by the arithmetic table (×)",
+        ylabel="test top-1 (%), 95 % intervals",
         title=f"{results['model']}, {results['technology']}",
     )
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))

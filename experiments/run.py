@@ -129,8 +129,7 @@ def _sweep(options: argparse.Namespace, base: Any, console: Console) -> int:
             console=console,
         )
     except processes.Interrupted as signal:
-        print(f"{signal}; run the same command again to continue", file=sys.stderr)
-        return 128 + signal.number
+        return _interrupted(signal)
     if failed:
         print(f"error: {failed} of {len(members)} members failed", file=sys.stderr)
     return 1 if failed else 0
@@ -144,6 +143,12 @@ def _join(options: argparse.Namespace) -> None:
         processes.start(*given, detect=options.distributed)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"cannot join the processes of this run: {error}") from error
+
+
+def _interrupted(signal: Any) -> int:
+    """Tells how to go on after a signal; the exit status."""
+    print(f"{signal}; run the same command again to continue", file=sys.stderr)
+    return 128 + signal.number
 
 
 def _train(config: Config, workdir: Path, name: str, console: Console) -> int:
@@ -184,8 +189,7 @@ def _train(config: Config, workdir: Path, name: str, console: Console) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except processes.Interrupted as signal:
-        print(f"{signal}; run the same command again to continue", file=sys.stderr)
-        return 128 + signal.number
+        return _interrupted(signal)
     except Exception as error:
         if not disk_is_full(error):
             raise
@@ -214,14 +218,21 @@ def main(arguments: list[str] | None = None) -> int:
         experiment = configs.load(options.exp)
         if options.sweep:
             return _sweep(options, experiment.CONFIG, console)
+        from experiments.runtime.compilation import keep_compilations
+
         _join(options)
+        keep_compilations()
         config = override(experiment.CONFIG, options.set)
         if isinstance(config, Config):
             return _train(config, workdir, options.exp, console)
+        from experiments.runtime import processes
         from experiments.runtime.workdir import claim_workdir
 
         claim_workdir(workdir, options.exp, config)
-        experiment.run(config, workdir, console)
+        try:
+            experiment.run(config, workdir, console)
+        except processes.Interrupted as signal:
+            return _interrupted(signal)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 import stp_jax
 from experiments.config import Config, ConfigError
-from experiments.context import Context, make_model, make_policy, read_budgets
+from experiments.context import Context, filters, make_model, make_policy, read_budgets
 from experiments.runtime import sharding
 from experiments.runtime.log import write_json
 from experiments.runtime.processes import from_first, is_first
@@ -33,13 +34,14 @@ from stp_jax.terms import round_budgets
 
 @dataclasses.dataclass
 class Run:
-    """What stages read and change."""
+    """The state of a run, which stages read and change."""
 
     context: Context
     record: Record
     model: nnx.Module  # what the last stage left
     teacher: nnx.Module | None = None  # the float model, whose soft labels later stages learn
-    budgets: dict[str, int] = dataclasses.field(default_factory=dict)  # layer → terms per group
+    # Layer → terms per group, one number or an array by filter.
+    budgets: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def config(self) -> Config:
@@ -56,10 +58,11 @@ class Run:
 
 
 class Outcome(NamedTuple):
-    """What a run leaves: accuracies by stage in percent, and the final model."""
+    """Outcome of a run: accuracies by stage in percent, and the final model."""
 
-    top1: dict[str, float]
-    budgets: dict[str, int]
+    validation: dict[str, float]  # empty if no examples are held out
+    test: dict[str, float]  # empty unless they were read
+    budgets: dict[str, Any]
     model: nnx.Module  # what the last stage left, in evaluation mode
 
 
@@ -67,11 +70,17 @@ def train(context: Context) -> Outcome:
     """Runs all stages; what an earlier, interrupted call finished is read, not repeated."""
     record = Record(context)
     run = Run(context, record, make_model(context))
+    reported = {}
     for name in context.config.stages:
         model = STAGES[name].action(run)
-        if model is not None:
-            record.top1(name, model)
-    return Outcome(record.values["top1"], run.budgets, run.model)
+        measured = context.config.measured or context.config.stages
+        if model is not None and name in measured:
+            reported[name] = nnx.clone(model)  # later stages change their model in place
+            record.accuracy("validation", name, model)
+    # The test examples are read once, when there is nothing left to choose.
+    for name, model in reported.items():
+        record.accuracy("test", name, model)
+    return Outcome(record.values["validation"], record.values["test"], run.budgets, run.model)
 
 
 # --- The stages -----------------------------------------------------------------------------------
@@ -81,11 +90,19 @@ def train(context: Context) -> Outcome:
 def float_stage(run: Run) -> nnx.Module:
     """The baseline, and the teacher of what follows."""
     c = run.config
-    run.train(Training("float", c.float_epochs, c.float_lr, "float_lr"))
+    run.train(Training("float", c.float_epochs, c.float_lr, "float_lr", in_float=True))
     run.model.eval()
     if is_first():
         export.save_variables(run.model, run.context.workdir / "float.safetensors")
     run.teacher = run.model
+    return run.model
+
+
+def float_retrained_stage(run: Run) -> nnx.Module:
+    """The float model trained on by the recipe of the retraining: the baseline of equal steps."""
+    c = run.config
+    epochs, lr = c.retrain_epochs, c.retrain_lr
+    run.train(Training("float_retrained", epochs, lr, in_float=True, distill=c.distill))
     return run.model
 
 
@@ -99,7 +116,10 @@ def int8_stage(run: Run) -> nnx.Module:
 
 def allocated_stage(run: Run) -> None:
     """Budgets are chosen, and the weights' scales searched at them; every term is still kept."""
-    run.budgets = run.record.value("budgets", lambda: choose_budgets(run.context, run.model))
+    stored = run.record.value(
+        "budgets", lambda: jax.tree.map(plain, choose_budgets(run.context, run.model))
+    )
+    run.budgets = {path: k if isinstance(k, int) else np.asarray(k) for path, k in stored.items()}
     all_terms = stp_jax.budgets(run.model)
     stp_jax.set_budgets(run.model, run.budgets)
     stp_jax.search_weight_scales(run.model)
@@ -136,7 +156,7 @@ def budgeted_stage(run: Run) -> None:
     price = energy_price(run.context, run.model)
     stp_jax.relax_budgets(run.model)
     run.train(Training("budgeted", c.budgeted_epochs, c.retrain_lr, distill=c.distill, price=price))
-    total = sum(costs[path] * k for path, k in run.budgets.items())
+    total = sum(costs[path] * k for path, k in stp_jax.mean_budgets(run.budgets).items())
     relaxed = stp_jax.budgets(run.model)
     run.budgets = round_budgets(relaxed, costs, total, largest=c.max_budget)
     stp_jax.set_budgets(run.model, run.budgets)
@@ -151,7 +171,7 @@ def retrained_stage(run: Run) -> nnx.Module:
 
 
 def integer_stage(run: Run) -> nnx.Module | None:
-    """What the accelerator computes."""
+    """The integer model: the accelerator's own arithmetic."""
     return stp_jax.integer_model(run.model) if run.config.check_integers else None
 
 
@@ -164,6 +184,7 @@ class Stage(NamedTuple):
 
 STAGES: dict[str, Stage] = {
     "float": Stage(float_stage),
+    "float_retrained": Stage(float_retrained_stage, needs=("float",)),
     "int8": Stage(int8_stage, needs=("float",)),
     "allocated": Stage(allocated_stage, needs=("int8",)),
     "guided": Stage(guided_stage, needs=("allocated",)),
@@ -193,7 +214,12 @@ def check_stages(config: Config) -> None:
 # --- Budgets --------------------------------------------------------------------------------------
 
 
-def choose_budgets(context: Context, model: nnx.Module) -> dict[str, int]:
+def plain(budget: Any) -> int | list[int]:
+    """A budget by layer or by filter as JSON has it."""
+    return np.asarray(budget).tolist()
+
+
+def choose_budgets(context: Context, model: nnx.Module) -> dict[str, Any]:
     """Terms per group of each layer: by hand, uniform, or allocated by measured sensitivity.
 
     Raises:
@@ -202,14 +228,15 @@ def choose_budgets(context: Context, model: nnx.Module) -> dict[str, int]:
     c = context.config
     layers = list(stp_jax.budgets(model))
     if c.budgets is not None:
-        return read_budgets(c, layers)
+        return read_budgets(c, filters(model))
     if c.budget is not None:
         return dict.fromkeys(layers, c.budget)
-    weighted = c.error_weighting == "gradients"
-    importance = squared_gradients(context, model) if weighted else None
+    importance = error_weights(context, model)
     example = context.dataset.example_input()
     costs = stp_jax.term_costs(model, example, per=c.allocate_for, array=_array(c, model))
-    return stp_jax.allocate(model, c.terms_per_weight, costs=costs, importance=importance)
+    return stp_jax.allocate(
+        model, c.terms_per_weight, costs=costs, importance=importance, by=c.budgets_by
+    )
 
 
 def _array(config: Config, model: nnx.Module) -> hwmodel.Array:
@@ -218,7 +245,7 @@ def _array(config: Config, model: nnx.Module) -> hwmodel.Array:
 
 
 def energy_price(context: Context, model: nnx.Module) -> Callable[[nnx.Module], tuple]:
-    """What relaxed budgets add to the loss: the square of their energy's distance from the start.
+    """Energy term of the loss for relaxed budgets: the square of their relative excess.
 
     The energy is the array's, all slots full, as the accelerator model counts it; what it may be is
     what the whole budgets that the model holds now take.
@@ -238,6 +265,19 @@ def energy_price(context: Context, model: nnx.Module) -> Callable[[nnx.Module], 
         return c.energy_weight * (share - 1.0) ** 2, {"energy_of_allowed": share}
 
     return price
+
+
+def error_weights(context: Context, model: nnx.Module) -> dict[str, jax.Array] | None:
+    """Weights of the squared errors, measured on the calibration examples."""
+    c = context.config
+    if c.error_weighting == "gradients":
+        return squared_gradients(context, model)
+    if c.error_weighting == "none":
+        return None
+    inputs = [batch["input"] for batch in context.calibration_batches()]
+    # Measured at half of what is to be allocated, where layers differ most; at least one term.
+    probe = max(1, round(c.terms_per_weight * c.group_size / 2))
+    return sharding.gather(stp_jax.measured_importance(model, inputs, probe))
 
 
 def squared_gradients(context: Context, model: nnx.Module) -> dict[str, jax.Array]:
@@ -263,7 +303,7 @@ class Record:
         self.values: dict[str, Any] = from_first(self._read)
 
     def _read(self) -> dict[str, Any]:
-        empty: dict[str, Any] = {"top1": {}}
+        empty: dict[str, Any] = {"validation": {}, "test": {}}
         try:
             values = json.loads(self._path.read_text())
         except FileNotFoundError:
@@ -271,7 +311,7 @@ class Record:
         except ValueError:  # what it held is found again from the checkpoints
             print(f"{self._path} is damaged: finding its values again")
             return empty
-        return values if isinstance(values, dict) and "top1" in values else empty
+        return values if isinstance(values, dict) and set(empty) <= set(values) else empty
 
     def _write(self) -> None:
         if is_first():
@@ -284,9 +324,13 @@ class Record:
             self._write()
         return self.values[key]
 
-    def top1(self, stage: str, model: nnx.Module) -> None:
-        """Measures the accuracy after a stage, unless it is known, and prints it."""
-        if stage not in self.values["top1"]:
-            self.values["top1"][stage] = evaluate(self._context, model)
+    def accuracy(self, split: str, stage: str, model: nnx.Module) -> None:
+        """Measures top-1 after a stage, unless it is known or not asked for, and prints it."""
+        context, values = self._context, self.values[split]
+        asked = context.config.test if split == "test" else len(context.dataset.validation) > 0
+        if not asked:
+            return
+        if stage not in values:
+            values[stage] = evaluate(context, model, split)
             self._write()
-        self._context.console.print(f"{stage:>9}: top-1 {self.values['top1'][stage]:.2f} %")
+        context.console.print(f"{stage:>9}: top-1 {values[stage]:.2f} % ({split})")

@@ -31,9 +31,9 @@ from experiments.runtime.log import write_json
 _LONGEST_NAME = 120  # characters; file systems stop at 255 bytes
 _NOT_TABLED = ("config", "versions", "budgets", "by_layer", "cycles_by_layer", "seed")
 _SHOWN = (
-    "top1_percent.float",
-    "top1_percent.int8",
-    "top1_percent.integer",
+    "validation_top1_percent.float",
+    "validation_top1_percent.int8",
+    "validation_top1_percent.integer",
     "terms_per_weight.budgeted_layers",
     "computational_energy_saving",
 )
@@ -44,15 +44,22 @@ class Member:
     """One run of a sweep."""
 
     settings: Mapping[str, str]  # what --set takes, beside what all members share
+    # What tables and the folder's name say of it; its settings by default.
+    labels: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __hash__(self) -> int:
         """That of the name; mappings have none."""
         return hash(self.name)
 
     @property
+    def shown(self) -> Mapping[str, Any]:
+        """The labels, or the settings of a member without."""
+        return self.labels or self.settings
+
+    @property
     def name(self) -> str:
-        """The settings as a folder's name; long ones are cut and end in a digest."""
-        whole = ",".join(f"{key}={value}" for key, value in self.settings.items())
+        """Labels or settings as a folder's name; long ones are cut and end in a digest."""
+        whole = ",".join(f"{key}={value}" for key, value in self.shown.items())
         name = re.sub(r"[^\w.=,+-]", "_", whole, flags=re.ASCII)
         if name == whole and len(name) <= _LONGEST_NAME:
             return name
@@ -60,7 +67,7 @@ class Member:
 
     @property
     def arguments(self) -> list[str]:
-        """What `--set` takes."""
+        """Settings in the form of `--set`."""
         return [f"{key}={value}" for key, value in self.settings.items()]
 
 
@@ -224,17 +231,17 @@ def _run_as_jobs(
         report(member, 0 if failure is None else 1)
 
 
-def run_sweep(
+def run_members(
     members: Sequence[Member],
     *,
     name: str,
     workdir: Path,
     shared: Sequence[str],
-    jobs: int,
-    slurm: Mapping[str, Any] | None,
+    jobs: int = 1,
+    slurm: Mapping[str, Any] | None = None,
     console: Console,
-) -> int:
-    """Runs what has no results yet and gathers all results; the number of members that failed.
+) -> dict[Member, str]:
+    """Runs the members that have no results yet; how each of them ended.
 
     Args:
       members: what to run; their settings were checked.
@@ -243,6 +250,9 @@ def run_sweep(
       shared: settings of all members.
       jobs: members at a time, on this machine.
       slurm: submitit's parameters, to run them as jobs of a cluster.
+
+    Returns:
+      "finished", "finished before", or "failed: " and the reason, by member.
 
     Raises:
       ConfigError: the folder holds something else, or the cluster cannot be used.
@@ -268,6 +278,12 @@ def run_sweep(
         _run_here(commands, logs, jobs, report)
     elif commands:
         _run_as_jobs(commands, logs, slurm, report)
+    return status
+
+
+def run_sweep(members: Sequence[Member], *, workdir: Path, console: Console, **options: Any) -> int:
+    """Runs members as `run_members` does and gathers all results; the number that failed."""
+    status = run_members(members, workdir=workdir, console=console, **options)
     table = gather(members, workdir, status)
     table.to_csv(workdir / "sweep.csv", index=False)
     _print(table, members, workdir, console)
@@ -300,7 +316,7 @@ def gather(members: Sequence[Member], workdir: Path, status: Mapping[Member, str
     for member in members:
         row: dict[str, Any] = {
             "member": member.name,
-            **member.settings,
+            **member.shown,
             "status": status.get(member, "not run"),
         }
         path = workdir / member.name / "results.json"

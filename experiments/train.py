@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -28,7 +29,7 @@ from stp_jax.terms import budget_schedule
 
 
 class TrainState(NamedTuple):
-    """What a step changes."""
+    """The training state: everything that a step changes."""
 
     params: nnx.State
     rest: nnx.State  # BatchNorm statistics, budgets and fixed scales
@@ -36,7 +37,7 @@ class TrainState(NamedTuple):
 
 
 class Watched(NamedTuple):
-    """What must stay finite; its fields are the first part of the names in messages."""
+    """Values that must stay finite; fields are the first part of the names in messages."""
 
     loss: Any
     gradient: Any
@@ -59,20 +60,21 @@ def _correct(graphdef: nnx.GraphDef, state: nnx.State, batch: dict[str, jax.Arra
     return jnp.sum(hit.reshape(len(hit), -1).mean(axis=1) * batch["mask"])
 
 
-def evaluate(context: Context, model: nnx.Module) -> float:
-    """Top-1 accuracy in percent over all test examples."""
+def evaluate(context: Context, model: nnx.Module, split: str) -> float:
+    """Top-1 accuracy in percent over all examples of a split."""
     model.eval()
     graphdef, state = nnx.split(model)
     state = jax.device_put(state, sharding.replicated(context.mesh))
     total = 0.0
     for batch in context.dataset.eval_batches(
         batch_size=context.config.eval_batch_size,
+        split=split,
         shard_index=jax.process_index(),
         shard_count=jax.process_count(),
     ):
         total += float(_correct(graphdef, state, context.to_devices(batch)))
         processes.check()
-    return 100.0 * total / len(context.dataset.test)
+    return 100.0 * total / len(getattr(context.dataset, split))
 
 
 def reestimate_batch_norm(context: Context, model: nnx.Module) -> None:
@@ -224,8 +226,9 @@ class Training(NamedTuple):
     epochs: float
     lr: float  # peak
     lr_key: str = "retrain_lr"  # of its learning rate in the configuration, for messages
+    in_float: bool = False  # of a model without budgets
     distill: float = 0.0
-    guide_to: Mapping[str, int] | None = None  # layer → terms per group to be pulled to
+    guide_to: Mapping[str, Any] | None = None  # layer → terms per group to be pulled to
     price: Callable | None = None  # of relaxed budgets, which are trained then (`energy_price`)
 
 
@@ -238,7 +241,7 @@ def _terms_per_weight(context: Context, model: nnx.Module, stage: Training, step
 
     def mean(step: int) -> float:
         values = {path: s(step) for path, s in schedules.items()} or fixed
-        terms = sum(float(values[path]) * size for path, size in sizes.items())
+        terms = sum(float(np.mean(values[path])) * size for path, size in sizes.items())
         return terms / (sum(sizes.values()) * context.config.group_size)
 
     return mean
@@ -312,7 +315,7 @@ def train_stage(
         shardings,
     )
     # A float model has no budgets, and a price comes with metrics of its own.
-    shows_terms = stage.name != "float" and stage.price is None
+    shows_terms = not stage.in_float and stage.price is None
     terms = _terms_per_weight(context, model, stage, steps) if shows_terms else None
     batches = context.train_iterator(stage.name)
     with StageCheckpoints(context.workdir / "checkpoints" / stage.name) as checkpoints:

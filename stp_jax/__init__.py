@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from stp_jax.quant.allocation import allocate as allocate
 from stp_jax.quant.bias import correct_bias as correct_bias
 from stp_jax.quant.budgets import budgets as budgets
+from stp_jax.quant.budgets import mean_budgets as mean_budgets
 from stp_jax.quant.budgets import relax_budgets as relax_budgets
 from stp_jax.quant.budgets import relaxed_budgets as relaxed_budgets
 from stp_jax.quant.budgets import set_budgets as set_budgets
@@ -36,6 +37,8 @@ from stp_jax.quant.policy import UnmatchedRuleError as UnmatchedRuleError
 from stp_jax.quant.quantize import quantize as quantize
 from stp_jax.quant.sensitivity import error_curves as error_curves
 from stp_jax.quant.sensitivity import group_counts as group_counts
+from stp_jax.quant.sensitivity import measured_importance as measured_importance
+from stp_jax.quant.sensitivity import output_divergences as output_divergences
 from stp_jax.quant.sensitivity import squared_gradients as squared_gradients
 
 if TYPE_CHECKING:
@@ -55,7 +58,14 @@ _COSTS = ("ModelCost", "evaluate_model", "group_pe", "term_costs")  # need the a
 
 def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
-        return _importlib.import_module(f"stp_jax.{name}")
+        try:
+            return _importlib.import_module(f"stp_jax.{name}")
+        except ModuleNotFoundError as error:
+            if name != "data":
+                raise
+            raise ImportError(
+                f"stp_jax.data needs {error.name}: pip install 'stp-jax[train]'"
+            ) from error
     if name in _COSTS:
         return getattr(_importlib.import_module("stp_jax.cost"), name)
     if name == "__version__":

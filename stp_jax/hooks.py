@@ -189,7 +189,7 @@ Wrap = Callable[[KernelLayer, Callable], Callable | None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """What to replace in a model. Each is asked once for every layer (in Linen, for every call)."""
+    """Replacements in a model. Each is called once for every layer (in Linen, for every call)."""
 
     # promote_dtype: (operands, **options) → operands, a tuple of (input, kernel, …) or (table,).
     operands: Wrap | None = None

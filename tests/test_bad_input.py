@@ -71,7 +71,11 @@ WRONG = {
     "encode: fractions": (lambda: encode([1.5]), "defined on integers, got dtype float32"),
     "encode: truth values": (lambda: encode([True]), "defined on integers, got dtype bool"),
     "encode: text": (lambda: encode("7"), "expected numbers, got"),
-    "encode: nothing": (lambda: encode(None), "not a valid value"),
+    "encode: nothing": (lambda: encode(None), "expected an array of numbers"),
+    "project: objects": (
+        lambda: projected(w=np.array([1, None, 2, 3])),
+        "expected an array of numbers, got one of Python objects",
+    ),
     "encode: unknown encoding": (lambda: encode([1], "csd"), "choose one of binary, booth4, naf"),
     "encode: no bits": (lambda: encode([1], bits=0), "bits must be an integer from 1 to 24"),
     "encode: too many bits": (lambda: encode([1], bits=25), "bits must be an integer from 1 to 24"),
@@ -91,9 +95,12 @@ WRONG = {
     # Projection.
     "project: negative budget": (lambda: projected(budget=-1), r"budget -1 is outside \[0, 16\]"),
     "project: too high a budget": (lambda: projected(budget=99), "has at most 16 terms"),
-    "project: fractional budget": (lambda: projected(budget=1.5), "a budget is one integer"),
-    "project: two budgets": (lambda: projected(budget=[1, 2]), "use vmap for several budgets"),
-    "project: no budget": (lambda: projected(budget=None), "a budget is one integer, got None"),
+    "project: fractional budget": (lambda: projected(budget=1.5), "budgets are integers"),
+    "project: two budgets": (
+        lambda: projected(budget=[1, 2]),
+        "use vmap for several sets of budgets",
+    ),
+    "project: no budget": (lambda: projected(budget=None), "budgets are integers, got None"),
     "project: axis": (lambda: projected(axis=3), r"axis 3 does not exist in weights of shape \(4,"),
     "project: no axis": (lambda: projected(axis=None), "axis must be an integer, got None"),
     "project: a scalar": (
@@ -205,6 +212,10 @@ WRONG = {
     ),
     "quantize: twice": (lambda: stp_jax.quantize(make_stp(), policy()), "quantized already"),
     "calibrate: no batch": (lambda: stp_jax.calibrate(make_stp(), []), "at least one batch"),
+    "calibrate: NaN": (
+        lambda: stp_jax.calibrate(make_stp(), [jnp.ones((2, 4)), jnp.full((2, 4), jnp.nan)]),
+        "batch 1 has 8 values that are NaN or infinite",
+    ),
     "set_budgets: no such layer": (
         lambda: stp_jax.set_budgets(make_stp(), {"fc": 3}),
         "no quantized layer at fc; there are: layers.0",
@@ -246,6 +257,14 @@ WRONG = {
         "kind must be one of conv, dense, matmul, got 'pool'",
     ),
     "layer: no channels": (lambda: dense("a", 0, 1), "every extent must be a positive integer"),
+    "layer: huge": (
+        lambda: conv("a", (99_999_999_999, 3), channels=1, filters=1, kernel=(3, 3)),
+        "spatial extents to 16777216",
+    ),
+    "layer: too many products": (
+        lambda: dense("a", 2**30, 2**30, rows=2**30),
+        "multiplications are too many",
+    ),
     "layer: groups": (
         lambda: Layer(name="a", kind="dense", channels=3, filters=4, groups=2),
         "do not divide into 2 groups",

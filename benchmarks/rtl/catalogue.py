@@ -5,9 +5,16 @@ from __future__ import annotations
 import functools
 
 from benchmarks.rtl.design import PRODUCT, VERILOG, Design
-from benchmarks.rtl.stimuli import drive_group, drive_mac, drive_mac_dot, drive_term_dot, passes
+from benchmarks.rtl.stimuli import (
+    drive_group,
+    drive_mac,
+    drive_mac_dot,
+    drive_serial,
+    drive_term_dot,
+    passes,
+)
 
-_TERM_DOT = (VERILOG / "carry_save.v", VERILOG / "term_dot.v")
+_TERM_DOT = (PRODUCT / "carry_save.v", VERILOG / "term_dot.v")
 
 
 def _term_dot(*, lanes: int, groups: int = 1, columns: int = 1, indexed: bool = False) -> Design:
@@ -32,6 +39,45 @@ def _term_dot(*, lanes: int, groups: int = 1, columns: int = 1, indexed: bool = 
     )
 
 
+_SERIAL = {  # name, title, and options of the Verilog and of the stimulus
+    "plain": ("as landed, psum of 28 bits", {}),
+    "isolated": ("wide adder isolated", {"isolated": 1}),
+    "late": ("group's sum registered", {"late": 1}),
+    "one_hot": ("one-hot selects", {"one_hot": 1}),
+    "horner": ("Horner, the sum moves up", {"late": 1, "one_hot": 1, "horner": 1}),
+    "late_one_hot": ("registered sum, one-hot selects", {"late": 1, "one_hot": 1}),
+    "cells": (
+        "registered sum, one-hot selects, full-adder cells",
+        {"late": 1, "one_hot": 1, "cells": 1},
+    ),
+    "offset": (
+        "registered sum, one-hot selects, full-adder cells, offset form",
+        {"late": 1, "one_hot": 1, "cells": 1, "offset": 1},
+    ),
+    "by_index": (
+        "the same, terms by index",
+        {"late": 1, "one_hot": 1, "cells": 1, "offset": 1, "order": "index"},
+    ),
+}
+
+
+def _serial(name: str, group: int = 8) -> Design:
+    """A group PE of one term a cycle with some options."""
+    title, options = _SERIAL[name]
+    driven = {n: v for n, v in options.items() if n not in ("isolated", "cells")}
+    shape = {n.upper(): v for n, v in options.items() if n != "order"}
+    return Design(
+        name=f"serial_{name}" + (f"_{group}" if group != 8 else ""),
+        title=f"group PE of {group}, one term a cycle, {title}",
+        top="serial_pe",
+        sources=(PRODUCT / "carry_save.v", VERILOG / "serial_pe.v"),
+        parameters={**shape, "GROUP": group},
+        group=8,
+        driver=functools.partial(drive_serial, **driven, joined=group // 8),
+        rate=lambda budget: 8 / budget,
+    )
+
+
 _TERM_TITLES = {
     "offset": "complements in offset form",
     "split": "added and subtracted terms apart",
@@ -46,7 +92,7 @@ def _unsigned_dot(form: str, *, lanes: int, groups: int = 1, columns: int = 1) -
         title=f"group PE, {lanes} terms of {groups} groups a cycle, {columns} columns, "
         + _TERM_TITLES[form],
         top=f"{form}_dot",
-        sources=(VERILOG / "carry_save.v", VERILOG / f"{form}_dot.v"),
+        sources=(PRODUCT / "carry_save.v", VERILOG / f"{form}_dot.v"),
         parameters={name.upper(): value for name, value in shape.items()},
         group=8,
         driver=functools.partial(drive_term_dot, **shape, form=form),
@@ -68,7 +114,7 @@ def _mac_dot(*, lanes: int, columns: int = 1, form: str = "plain") -> Design:
         name=f"{top}_{lanes}x{columns}",
         title=f"int8 dot product of {lanes}, {columns} columns, {_MAC_TITLES[form]}",
         top=top,
-        sources=(VERILOG / "carry_save.v", VERILOG / f"{top}.v"),
+        sources=(PRODUCT / "carry_save.v", VERILOG / f"{top}.v"),
         parameters={"LANES": lanes, "COLUMNS": columns},
         group=8,
         driver=functools.partial(drive_mac_dot, lanes=lanes, columns=columns, form=form),
@@ -99,10 +145,13 @@ _ALL = (
         driver=drive_group,
         rate=lambda budget: 8 / budget,
     ),
+    *(_serial(name) for name in _SERIAL),
+    _serial("offset", 16),
+    _serial("offset", 32),
     *(
         _mac_dot(lanes=lanes, columns=columns, form=form)
         for form in ("plain", "offset", "booth")
-        for lanes, columns in ((1, 1), (4, 1), (8, 1), (16, 1), (16, 4))
+        for lanes, columns in ((1, 1), (8, 1), (16, 4))
     ),
     _term_dot(lanes=2),
     _term_dot(lanes=4),
@@ -112,10 +161,12 @@ _ALL = (
     _term_dot(lanes=4, columns=4, indexed=True),
     _term_dot(lanes=4, groups=2, columns=4),
     *(
-        _unsigned_dot(form, lanes=lanes, groups=groups, columns=columns)
-        for form in ("offset", "split")
-        for lanes, groups, columns in ((4, 1, 1), (4, 2, 4))
+        _unsigned_dot("offset", lanes=lanes, groups=groups, columns=columns)
+        for lanes, groups, columns in (
+            *((2, 1, 1), (4, 1, 1), (8, 1, 1), (4, 1, 4), (4, 2, 4), (8, 2, 4), (4, 4, 8)),
+        )
     ),
+    _unsigned_dot("split", lanes=4, groups=2, columns=4),
 )
 
 DESIGNS = {design.name: design for design in _ALL}

@@ -1,6 +1,6 @@
 """Full adders to the library's full-adder cell, which logic optimisation would not find.
 
-A design that instantiates the module ``full_adder`` (verilog/carry_save.v) asks for it. Adders
+A design that instantiates the module ``full_adder`` (carry_save.v) asks for it. Adders
 with a constant input become plain logic first; the others stay one cell each, the library's
 smallest with these two functions. A library without one gets the module's gates.
 """

@@ -204,6 +204,95 @@ def tile(operands: Operands, *, groups: int, columns: int) -> Tiled:
     )
 
 
+def drive_serial(
+    operands: Operands,
+    budget: int,
+    *,
+    late: bool = False,
+    one_hot: bool = False,
+    offset: bool = False,
+    horner: bool = False,
+    order: str = "exponent",
+    joined: int = 1,
+    psum: int = 28,
+) -> Stimulus:
+    """A group PE of one term a cycle with the options of verilog/serial_pe.v.
+
+    Args:
+      operands: the PE's work.
+      budget: slots a group.
+      late: sums leave a cycle later.
+      one_hot: selects instead of valid and index.
+      offset: unsigned activations; sums hold what depends on the weights alone.
+      horner: amounts by which the sum moves up, instead of exponents.
+      order: of a group's terms: by falling ``exponent``, or by ``index``.
+      joined: groups that form a larger one, with the slots of all.
+      psum: bits of a partial sum.
+    """
+    tiled = tile(operands, groups=joined, columns=1)
+    operands = Operands(
+        activations=tiled.activations[:, 0], weights=tiled.weights, psums=tiled.psums[..., 0]
+    )
+    budget *= joined
+    folds, filters, group = operands.weights.shape
+    plan = Schedule(folds, filters * budget)
+    slots = _in_order(terms(operands.weights, budget), order)
+    index_bits = (group - 1).bit_length()
+    where = slots["valid"] << (slots["index"] if one_hot else index_bits)
+    where = where if one_hot else where | slots["index"] * slots["valid"]
+    exponent, rest = slots["exponent"], np.zeros_like(slots["exponent"])
+    if horner:
+        rest[..., -1] = exponent[..., -1]
+        exponent = np.concatenate([rest[..., :1] * 0, exponent[..., :-1] - exponent[..., 1:]], -1)
+    sums, resident = operands.sums, operands.activations
+    if offset:
+        zero_point = 128 if resident.min() < 0 else 0
+        resident = resident + zero_point
+        scale = slots["valid"] << slots["exponent"]
+        added = 255 * scale * slots["sign"] + zero_point * scale * (1 - 2 * slots["sign"])
+        sums = sums + added.sum(axis=-1)
+    last = np.zeros((folds, filters, budget), np.int64)
+    last[..., -1] = 1
+    closing = plan.stream.reshape(folds, filters, budget)[..., -1]
+    return Stimulus(
+        inputs={
+            "reset": plan.reset(),
+            **plan.loads(pack(resident, WIDTH), bus=True),
+            "where_in": plan.port(where, plan.stream),
+            "sign_in": plan.port(slots["sign"], plan.stream),
+            "exponent_in": plan.port(exponent, plan.stream),
+            "rest_in": plan.port(rest, plan.stream),
+            "last_in": plan.port(last, plan.stream),
+            "psum_in": plan.port(unsigned(operands.psums, psum), closing + late, hold=True),
+        },
+        widths={
+            **dict.fromkeys(("reset", "load", "sign_in", "last_in"), 1),
+            "activations_in": group * WIDTH,
+            "where_in": group if one_hot else index_bits + 1,
+            "exponent_in": 3,
+            "rest_in": 3 if horner else 1,
+            "psum_in": psum,
+            "psum": psum,
+        },
+        expected={"psum": (closing.ravel() + 1 + late, unsigned(sums, psum).ravel())},
+        multiplications=operands.multiplications,
+        measured=plan.measured,
+    )
+
+
+def _in_order(
+    slots: dict[str, npt.NDArray[np.int64]], order: str
+) -> dict[str, npt.NDArray[np.int64]]:
+    """Terms of [..., slots] in this order, empty slots last; these keep the last exponent."""
+    key = slots[order] * (-1 if order == "exponent" else 1) + 1000 * (1 - slots["valid"])
+    by = np.argsort(key, axis=-1, kind="stable")
+    slots = {name: np.take_along_axis(values, by, axis=-1) for name, values in slots.items()}
+    terms_of = slots["valid"].sum(axis=-1, keepdims=True)
+    where = np.minimum(np.arange(by.shape[-1]), np.maximum(terms_of - 1, 0))
+    kept = np.take_along_axis(slots["exponent"], where, axis=-1)
+    return slots | {"exponent": kept}
+
+
 def split(operands: Operands, lanes: int) -> Operands:
     """Groups cut to ``lanes``: each part a fold of its own, whose row above is the part before.
 
@@ -312,7 +401,7 @@ def drive_mac_dot(
     plan = Schedule(folds, filters)
     return Stimulus(
         inputs={
-            **plan.loads(pack(resident + zero_point, WIDTH), bus=form != "plain"),
+            **plan.loads(pack(resident + zero_point, WIDTH), bus=True),
             "weights_in": plan.port(pack(words, bits), plan.stream),
             "psum_in": plan.port(pack(tiled.psums, psum), plan.stream, hold=True),
         },
@@ -344,19 +433,24 @@ def lane_terms(
 ) -> dict[str, npt.NDArray[np.int64]]:
     """Terms of groups [..., g] by pass and lane: fields [..., passes, lanes].
 
-    A group's terms are free in their order. They are spread evenly over the passes, and within a
-    pass added terms fill the lanes from below and subtracted ones from above, so that a lane's sign
-    seldom changes; the exponent of an empty slot is zero.
+    A group's terms are free in their order. They are spread evenly over the passes, so that lanes
+    beyond those needed stay idle, and within a pass added terms fill the lanes from below and
+    subtracted ones from above, so that a lane's sign seldom changes.
     """
     count = passes(budget, lanes)
-    slots = terms(weights, count * lanes)
+    used = -(-budget // count)
+    slots = terms(weights, count * used)
     slots = {
-        name: np.swapaxes(values.reshape(*values.shape[:-1], lanes, count), -1, -2)
+        name: np.swapaxes(values.reshape(*values.shape[:-1], used, count), -1, -2)
         for name, values in slots.items()
     }
     key = np.where(slots["valid"] == 0, 1, 2 * slots["sign"])
     order = np.argsort(key, axis=-1, kind="stable")
-    return {name: np.take_along_axis(values, order, axis=-1) for name, values in slots.items()}
+    idle = [(0, 0)] * (order.ndim - 1) + [(0, lanes - used)]
+    return {
+        name: np.pad(np.take_along_axis(values, order, axis=-1), idle)
+        for name, values in slots.items()
+    }
 
 
 def drive_term_dot(

@@ -1,4 +1,4 @@
-"""What each way to project costs in accuracy before any retraining, from one float model.
+"""Accuracy of every way to project, before any retraining, from one float model.
 
 Greedy is term revealing (Kung et al., SC20). The exact projection has the smaller error in the
 weights, which is not yet the smaller error in the network: scales searched at the budget, errors
@@ -22,7 +22,7 @@ from flax import nnx
 from rich.console import Console
 
 import stp_jax
-from experiments.comparison import numbers, parse_base
+from experiments.comparison import parse_base
 from experiments.config import ConfigError
 from experiments.runtime.log import write_json
 from stp_jax.terms import project
@@ -30,14 +30,15 @@ from stp_jax.terms import project
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProjectionConfig:
-    """What is compared, and on what."""
+    """Settings of the comparison."""
 
     base: str = "stp_resnet20_cifar10"  # the experiment whose model and data are used
     settings: str = ""  # changes of the base's configuration, as "data=folder data_dir=…"
-    points: str = "2.0,1.0,0.75,0.5"  # terms per weight, the same in every layer
+    points: tuple[float, ...] = (2.0, 1.0, 0.75, 0.5)  # terms per weight, the same in every layer
 
     def __post_init__(self) -> None:  # noqa: D105
-        numbers("points", self.points)
+        if any(not 0 < point <= 4 for point in self.points):
+            raise ConfigError(f"points must be terms per weight in (0, 4], got {self.points}")
 
 
 CONFIG = ProjectionConfig()
@@ -125,23 +126,24 @@ def run(config: ProjectionConfig, workdir: Path, console: Console) -> None:
     check_model(context)
     model = make_model(context)
     if base.float_epochs:
-        model = train.train_stage(
-            context, model, train.Training("float", base.float_epochs, base.float_lr)
-        )
+        training = train.Training("float", base.float_epochs, base.float_lr, in_float=True)
+        model = train.train_stage(context, model, training)
     elif base.init_from is None:
         raise ConfigError("float_epochs=0 needs init_from, the weights to project")
     model.eval()
+    split = "test" if base.test else "validation"
     top1: dict[str, dict[str, float]] = {}
     reference = {
-        "float": train.evaluate(context, model),
-        "int8": train.evaluate(context, _quantized(context, model)),
+        "float": train.evaluate(context, model, split),
+        "int8": train.evaluate(context, _quantized(context, model), split),
     }
     console.print(", ".join(f"{name} {value:.2f} %" for name, value in reference.items()))
-    for terms in numbers("points", config.points):
+    for terms in config.points:
         budget = round(terms * base.group_size)
         ways = _ways(context, model, budget)
         for name, projected in ways.items():
-            top1.setdefault(name, {})[f"{terms:g}"] = value = train.evaluate(context, projected)
+            value = train.evaluate(context, projected, split)
+            top1.setdefault(name, {})[f"{terms:g}"] = value
             console.print(f"{terms:g} terms per weight, {name}: {value:.2f} %", highlight=False)
     results = {
         "experiment": "compare_projections",
@@ -150,6 +152,7 @@ def run(config: ProjectionConfig, workdir: Path, console: Console) -> None:
         "config": dataclasses.asdict(base),
         "comparison": dataclasses.asdict(config),
         "reference": reference,
+        "split": split,
         "top1": top1,
     }
     write_json(workdir / "results.json", results)

@@ -30,7 +30,7 @@ from stp_jax import hwmodel, models
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HardwareConfig:
-    """What is compared."""
+    """Settings of the comparison."""
 
     by: Literal["area", "throughput"] | None = None  # what arrays are matched in; None: PE count
     budget: int = 8  # terms in a group of 8 weights

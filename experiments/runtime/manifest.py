@@ -34,7 +34,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with the folder's files, in words; None if all are as they were recorded."""
+    """Damage of the folder's files, in words; None if all are as they were recorded."""
     try:
         digests = json.loads((folder / NAME).read_text())["sha256"]
     except FileNotFoundError:

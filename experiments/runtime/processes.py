@@ -62,7 +62,7 @@ def is_first() -> bool:
 
 
 def from_first(find: Callable[[], Any], *, failure: type[Exception] = RuntimeError) -> Any:
-    """What ``find`` returns in the first process, in every process; it must fit JSON.
+    """The value that ``find`` returns in the first process, in every process; it must fit JSON.
 
     Every process must call this at the same point.
 

@@ -97,7 +97,7 @@ def disk_is_full(error: BaseException) -> bool:
 
 
 def disk_full_message(workdir: Path) -> str:
-    """What to tell about it."""
+    """The message of a full disk."""
     return (
         f"the disk of {workdir} is full, or its quota; the last good checkpoint is kept. "
         "Free some space and run the same command again to continue"

@@ -88,7 +88,7 @@ def flip(images: np.ndarray, uniform: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """How a training image is brought to size, and what then happens to the batch."""
+    """An augmentation: how an image is brought to size, and a function of the batch."""
 
     draws: int = 0  # uniform numbers per example
     fit: Callable[[np.ndarray, Size, np.ndarray], np.ndarray] | None = None

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from stp_jax.data import digits, folder
-from stp_jax.data.sources import FolderSource, MemorySource, Source, TfdsSource
+from stp_jax.data.sources import FolderSource, MemorySource, Source, TfdsSource, hold_out
 
 # Per-channel statistics of ImageNet's training images in [0, 1], as torchvision's reference
 # transforms use them; published weights for RGB images mostly expect these.
@@ -30,10 +30,13 @@ _TEST_SPLITS = {"imagenet2012": "validation"}
 
 _STATISTICS_IMAGES = 2000
 
+# Fraction of the training examples that is held out by default.
+VALIDATION = 0.1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """A labelled image data set with its two splits; `dataclasses.replace` changes a field."""
+    """A labelled image data set with its splits; `dataclasses.replace` changes a field."""
 
     name: str
     version: str
@@ -42,6 +45,7 @@ class Dataset:
     mean: tuple[float, ...]  # per channel, of pixel values in [0, 1]
     std: tuple[float, ...]
     train: Source
+    validation: Source  # held out of training, to choose by
     test: Source
     description: str  # one line for results: what was really read
     uniform: bool = True  # whether every image has the shape `image_shape` as stored
@@ -77,10 +81,14 @@ def _statistics(source: Source, channels: int, max_value: int) -> dict[str, tupl
 
 
 def _describe(
-    title: str, train: Source, test: Source, shape: tuple[int, ...], *, uniform: bool, classes: int
+    title: str, splits: Sequence[Source], shape: tuple[int, ...], *, uniform: bool, classes: int
 ) -> str:
     size = "×".join(map(str, shape)) if uniform else "various sizes"
-    return f"{title}: {len(train)} training and {len(test)} test images, {size}, {classes} classes"
+    train, validation, test = map(len, splits)
+    return (
+        f"{title}: {train} training, {validation} validation (held out of training) and {test} "
+        f"test images, {size}, {classes} classes"
+    )
 
 
 def _assemble(
@@ -93,21 +101,24 @@ def _assemble(
     test: Source,
     size: tuple[int, int] | None,
     channels: int,
+    validation: float,
     max_value: int = 255,
     skipped: tuple[str, ...] = (),
 ) -> Dataset:
     uniform = size is not None
     shape = (*(size or DEFAULT_SIZE), channels)
-    train, test = _kept(train, shape, uniform), _kept(test, shape, uniform)
-    description = _describe(title, train, test, shape, uniform=uniform, classes=len(class_names))
+    train, held_out = hold_out(_kept(train, shape, uniform), validation)
+    splits = (train, held_out, _kept(test, shape, uniform))
+    description = _describe(title, splits, shape, uniform=uniform, classes=len(class_names))
     return Dataset(
         name=name,
         version=version,
         class_names=tuple(class_names),
         image_shape=shape,
         **_statistics(train, channels, max_value),
-        train=train,
-        test=test,
+        train=splits[0],
+        validation=splits[1],
+        test=splits[2],
         description=description + (f", {len(skipped)} corrupt left out" if skipped else ""),
         uniform=uniform,
         max_value=max_value,
@@ -115,7 +126,7 @@ def _assemble(
     )
 
 
-def _load_folder(data_dir: str | Path | None, on_corrupt: str) -> Dataset:
+def _load_folder(data_dir: str | Path | None, on_corrupt: str, validation: float) -> Dataset:
     if data_dir is None:
         raise ValueError('data set "folder" needs data_dir, the folder that holds train/ and test/')
     root = Path(data_dir).expanduser()
@@ -134,6 +145,7 @@ def _load_folder(data_dir: str | Path | None, on_corrupt: str) -> Dataset:
         test=source(tree.test),
         size=tree.common_size,
         channels=tree.channels,
+        validation=validation,
         skipped=tuple(path.relative_to(root).as_posix() for path in tree.skipped),
     )
 
@@ -199,7 +211,11 @@ def _supervised(info: tfds.core.DatasetInfo) -> tuple[str, str]:
 
 
 def _load_tfds(
-    builder: tfds.core.DatasetBuilder, *, max_value: int = 255, title: str | None = None
+    builder: tfds.core.DatasetBuilder,
+    *,
+    validation: float,
+    max_value: int = 255,
+    title: str | None = None,
 ) -> Dataset:
     info = builder.info
     image_key, label_key = _supervised(info)
@@ -224,12 +240,17 @@ def _load_tfds(
         test=source(test),
         size=(height, width) if height and width else None,
         channels=channels,
+        validation=validation,
         max_value=max_value,
     )
 
 
 def load(
-    name: str = "digits", *, data_dir: str | Path | None = None, on_corrupt: str = "error"
+    name: str = "digits",
+    *,
+    data_dir: str | Path | None = None,
+    on_corrupt: str = "error",
+    validation: float = VALIDATION,
 ) -> Dataset:
     """Opens a data set; nothing is downloaded.
 
@@ -243,6 +264,8 @@ def load(
       data_dir: where the data is; by default TFDS's own folder (`TFDS_DATA_DIR`, or
         ~/tensorflow_datasets).
       on_corrupt: what to do about corrupt images of a folder: "error", or "skip" with a warning.
+      validation: fraction of the training images that is held out, to choose by: always the same
+        ones, class by class where labels are known without decoding every image.
 
     Returns:
       The data set. RGB images come with ImageNet's mean and standard deviation, others with those
@@ -250,18 +273,19 @@ def load(
 
     Raises:
       ValueError: if the data set is unknown or not there (saying how to get it), is not an image
-        classification data set, or holds corrupt images.
+        classification data set, holds corrupt images, or `validation` is not in [0, 1).
     """
     if on_corrupt not in ("error", "skip"):
         raise ValueError(f'on_corrupt must be "error" or "skip", got {on_corrupt!r}')
     if name == "folder":
-        return _load_folder(data_dir, on_corrupt)
+        return _load_folder(data_dir, on_corrupt, validation)
     if name == "digits":
         return _load_tfds(
             digits.prepared_digits(data_dir),
+            validation=validation,
             max_value=digits.MAX_VALUE,
             title="scikit-learn's handwritten digits",
         )
     builder = _find_builder(name, data_dir)
     _check_prepared(builder, data_dir)
-    return _load_tfds(builder)
+    return _load_tfds(builder, validation=validation)

@@ -18,8 +18,8 @@ import numpy as np
 
 from stp_jax.data.augment import AUGMENTATIONS, Size, center_crop
 from stp_jax.data.datasets import Dataset
-from stp_jax.data.protocol import Batch
-from stp_jax.data.sources import Fit, MemorySource, Source
+from stp_jax.data.protocol import SPLITS, Batch
+from stp_jax.data.sources import Fit, Source
 
 # Batches under way ahead of the training step; a streamed batch decodes in threads of its own.
 READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
@@ -77,12 +77,6 @@ def _center_fit(dataset: Dataset, size: Size) -> Fit | None:
     return lambda image, _: center_crop(image, size)
 
 
-def _warm(source: Source) -> None:
-    """Decodes a split that stays in memory now, so that damage shows before training."""
-    if isinstance(source, MemorySource):
-        _ = source.arrays
-
-
 def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
     """Number of whole batches in a pass over the training images."""
     return len(dataset.train) // batch_size
@@ -136,7 +130,7 @@ def train_iterator(
         raise ValueError(f"augment must be one of {', '.join(AUGMENTATIONS)}, got {augment!r}")
     size, augmentation = _target_size(dataset, image_size), AUGMENTATIONS[augment]
     center, normalise = _center_fit(dataset, size), _normaliser(dataset)
-    _warm(dataset.train)
+    dataset.train.warm()
 
     def read(indices: np.ndarray, rng: np.random.Generator) -> Batch:
         uniform = rng.random((batch_size, augmentation.draws))[shard_index::shard_count]
@@ -179,7 +173,7 @@ def eval_batches(
       batch_size: examples of a step over all processes.
       image_size: side or (height, width) of the images, cut from the middle; by default the data
         set's.
-      split: "test" or "train" (without augmentation).
+      split: "test", "validation" or "train" (without augmentation).
       indices: which examples, in this order; all of the split by default.
       shard_index: which share of each batch to read.
       shard_count: number of shares.
@@ -192,13 +186,13 @@ def eval_batches(
       ValueError: if an argument is out of its range.
     """
     _check_batching(batch_size, shard_index, shard_count)
-    if split not in ("train", "test"):
-        raise ValueError(f'split must be "train" or "test", got {split!r}')
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     source: Source = getattr(dataset, split)
     chosen = np.arange(len(source)) if indices is None else indices
     fit = _center_fit(dataset, _target_size(dataset, image_size))
     normalise = _normaliser(dataset)
-    _warm(source)
+    source.warm()
 
     def read(step: int) -> dict[str, Any]:
         positions = np.arange(step * batch_size + shard_index, (step + 1) * batch_size, shard_count)
@@ -237,6 +231,11 @@ class ImageData:
     def train(self) -> Source:
         """The training images."""
         return self.dataset.train
+
+    @property
+    def validation(self) -> Source:
+        """The images held out of training, to choose by."""
+        return self.dataset.validation
 
     @property
     def test(self) -> Source:

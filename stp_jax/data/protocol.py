@@ -10,10 +10,14 @@ import jax
 import numpy as np
 
 Batch = dict[str, np.ndarray]
+SPLITS = ("train", "validation", "test")
 
 
 class TrainingData(Protocol):
-    """Examples of a training and a test split, in batches.
+    """Examples of a training, a validation and a test split, in batches.
+
+    Every choice is made on the validation split, which is held out of training; the test split is
+    for the figures that are reported.
 
     A batch is a dictionary of arrays with the examples along the first axis: ``input`` (what the
     model is called on), ``label`` (int32), and in evaluation ``mask`` (float32, 0 for repetitions
@@ -38,6 +42,10 @@ class TrainingData(Protocol):
         """The training examples, of which only the number is asked."""
 
     @property
+    def validation(self) -> Sized:
+        """The examples held out of training, likewise; there may be none."""
+
+    @property
     def test(self) -> Sized:
         """The test examples, likewise."""
 
@@ -45,7 +53,7 @@ class TrainingData(Protocol):
         """Shape and dtype of one input, with a batch axis of 1."""
 
     def model_options(self) -> dict[str, Any]:
-        """What models may take from the data, by the names of their options."""
+        """Options of models that follow from the data, by name."""
 
     def train_batches(
         self, *, batch_size: int, seed: int, shard_index: int = 0, shard_count: int = 1
@@ -72,7 +80,7 @@ class TrainingData(Protocol):
 
         Args:
           batch_size: examples of a step over all shards.
-          split: "test" or "train".
+          split: one of `SPLITS`.
           indices: which examples, in this order; all of the split by default.
           shard_index: which share of each batch to read.
           shard_count: number of shares.

@@ -39,6 +39,14 @@ class Source(ABC):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One example."""
 
+    @property
+    def known_labels(self) -> np.ndarray | None:
+        """(N,) int32 labels, or None where they are only known by reading every example."""
+        return None
+
+    def warm(self) -> None:  # noqa: B027  # most sources keep nothing
+        """Decodes now what will be kept, so that damage shows before training."""
+
     def fetch(self, indices: np.ndarray, fit: Fit | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Reads many examples.
 
@@ -76,6 +84,11 @@ class FolderSource(Source):
     def __len__(self) -> int:
         """Number of images."""
         return len(self.paths)
+
+    @property
+    def known_labels(self) -> np.ndarray:
+        """Labels by folder."""
+        return self.labels
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Decodes one image; a damaged file raises a ValueError that names it."""
@@ -126,6 +139,16 @@ class MemorySource(Source):
         """Number of examples."""
         return len(self._source)
 
+    @property
+    def known_labels(self) -> np.ndarray:
+        """Labels, of the source if it knows them, else from memory."""
+        known = self._source.known_labels
+        return self.arrays[1] if known is None else known
+
+    def warm(self) -> None:
+        """Decodes all images."""
+        _ = self.arrays
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One example, from memory."""
         images, labels = self.arrays
@@ -137,3 +160,65 @@ class MemorySource(Source):
             return super().fetch(indices, fit)
         images, labels = self.arrays
         return images[indices], labels[indices]
+
+
+class SubsetSource(Source):
+    """Some examples of another source."""
+
+    def __init__(self, source: Source, indices: np.ndarray):
+        """Takes the indices (N,) of the examples, in their order."""
+        self._source, self._indices = source, np.asarray(indices)
+
+    def __len__(self) -> int:
+        """Number of examples chosen."""
+        return len(self._indices)
+
+    @property
+    def known_labels(self) -> np.ndarray | None:
+        """Labels of the examples chosen, where the source knows them."""
+        known = self._source.known_labels
+        return None if known is None else known[self._indices]
+
+    def warm(self) -> None:
+        """Decodes what the source keeps."""
+        self._source.warm()
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One example."""
+        return self._source[int(self._indices[index])]
+
+    def fetch(self, indices: np.ndarray, fit: Fit | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Reads many examples from the source in one call."""
+        return self._source.fetch(self._indices[indices], fit)
+
+
+def hold_out(source: Source, fraction: float, *, seed: int = 0) -> tuple[Source, Source]:
+    """Divides a source in two: what stays, and a random part of it that is held out.
+
+    Each class gives its share where labels are known without reading every example (folders, and
+    sets that are kept in memory); elsewhere the part is drawn from all examples alike.
+
+    Args:
+      source: the examples.
+      fraction: of them to hold out, in [0, 1).
+      seed: of the draw.
+
+    Returns:
+      (what stays, what is held out), each in the order of the source. A class with one example
+      keeps it.
+
+    Raises:
+      ValueError: the fraction is out of its range.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"a fraction from 0 to below 1 can be held out, got {fraction}")
+    if fraction == 0:
+        return source, SubsetSource(source, np.arange(0))
+    labels = source.known_labels
+    labels = np.zeros(len(source), np.int32) if labels is None else labels
+    rng = np.random.default_rng(seed)
+    held = np.zeros(len(source), bool)
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        held[members[: min(round(fraction * len(members)), len(members) - 1)]] = True
+    return tuple(SubsetSource(source, np.flatnonzero(chosen)) for chosen in (~held, held))  # type: ignore[return-value]

@@ -15,6 +15,7 @@ import grain
 import jax
 import numpy as np
 
+from stp_jax.data.datasets import VALIDATION
 from stp_jax.data.pipeline import READ_OPTIONS
 from stp_jax.data.protocol import Batch
 
@@ -35,6 +36,7 @@ class TextDataset:
     version: str
     window: int  # characters that a model reads at once
     train: np.ndarray  # uint8 (N, window + 1)
+    validation: np.ndarray  # held out of training, to choose by
     test: np.ndarray
     description: str  # one line for results: what was really read
 
@@ -113,36 +115,45 @@ def _windows(run: np.ndarray, window: int) -> np.ndarray:
     return run[starts + np.arange(window + 1)[np.newaxis, :]]
 
 
-def load_text(*, window: int = 64) -> TextDataset:
+def load_text(*, window: int = 64, validation: float = VALIDATION) -> TextDataset:
     """Cuts Python's language reference into windows of characters.
 
-    Every tenth run of 4096 characters, from the first, goes to the test split, so that no test
-    window overlaps a training one.
+    Every tenth run of 4096 characters, from the first, goes to the test split, and some of the
+    others to the validation split, so that no window of one split overlaps one of another.
 
     Args:
       window: characters that a model reads at once, from 1 to 4095.
+      validation: fraction of the other runs that is held out: always the same ones.
 
     Raises:
-      ValueError: if the window is out of range.
+      ValueError: if an argument is out of range.
     """
     if not 1 <= window < _RUN:
         raise ValueError(f"window must be from 1 to {_RUN - 1} characters, got {window}")
+    if not 0 <= validation < 1:
+        raise ValueError(f"validation must be a fraction from 0 to below 1, got {validation}")
     from pydoc_data.topics import topics  # type: ignore[import-not-found]  # not in typeshed
 
     text = encode_text("\n\n".join(topics[key] for key in sorted(topics)))
     runs = np.split(text, range(_RUN, len(text), _RUN))
 
-    def split(test: bool) -> np.ndarray:
-        chosen = [run for i, run in enumerate(runs) if (i % TEST_EVERY == 0) == test]
-        return np.concatenate([_windows(run, window) for run in chosen])
+    def split(indices: np.ndarray) -> np.ndarray:
+        none = np.zeros((0, window + 1), np.uint8)
+        return np.concatenate([none, *(_windows(runs[i], window) for i in sorted(indices))])
 
-    train, test = split(test=False), split(test=True)
+    tested = np.arange(0, len(runs), TEST_EVERY)
+    others = np.random.default_rng(0).permutation(np.setdiff1d(np.arange(len(runs)), tested))
+    held_out = round(validation * len(others))
+    train, test = split(others[held_out:]), split(tested)
+    held = split(others[:held_out])
     return TextDataset(
         name=TEXT,
         version=platform.python_version(),
         window=window,
         train=train,
+        validation=held,
         test=test,
         description=f"Python {platform.python_version()}'s language reference: {len(train)} "
-        f"training and {len(test)} test windows of {window} characters, {len(VOCABULARY)} classes",
+        f"training, {len(held)} validation (held out of training) and {len(test)} test windows of "
+        f"{window} characters, {len(VOCABULARY)} classes",
     )

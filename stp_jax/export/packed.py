@@ -355,7 +355,7 @@ class PackedSizes:
 
 
 def packed_sizes(model: Any) -> PackedSizes:
-    """What an STP model takes in memory as packed terms, beside float32 and int8.
+    """Memory size of an STP model as packed terms, in float32 and in int8.
 
     Raises:
       ValueError: the model has no quantized layer.

@@ -39,7 +39,7 @@ def _find(model: Any, path: str) -> QuantizedLayer:
             f"layer {path!r}: the array takes NAF terms of 8-bit weights and 8-bit activations, "
             f"not {rule.encoding} of {rule.bits} bits and {rule.activation_bits} bits"
         )
-    if int(quantized.budget) < 1:
+    if np.max(quantized.budget) < 1:
         raise ValueError(f"layer {path!r}: a budget of 0 leaves nothing to compute")
     return quantized
 
@@ -68,7 +68,7 @@ def _first_product(model: Any, path: str, x: Any) -> tuple[tuple, dict[str, Any]
 
 
 def layer_jobs(model: Any, layer: str, x: Any) -> list[Job]:
-    """What a layer multiplies when the model runs on x, in integers: jobs for the array.
+    """A layer's integer operands when the model runs on x, as jobs for the array.
 
     Args:
       model: a calibrated STP model; a Linen one with its variables.
@@ -84,7 +84,9 @@ def layer_jobs(model: Any, layer: str, x: Any) -> list[Job]:
         is not calibrated.
     """
     quantized = _find(model, layer)
-    rule, budget = quantized.rule, int(quantized.budget)
+    rule = quantized.rule
+    # A filter without a term still takes a slot, which is empty.
+    budgets = np.maximum(np.asarray(quantized.flat_budget), 1)
     (lhs, kernel, *positional), options = _first_product(model, layer, x)
     weights = np.asarray(kernel, np.int32)
     if weights.ndim == 2:
@@ -102,14 +104,17 @@ def layer_jobs(model: Any, layer: str, x: Any) -> list[Job]:
 
     layout = rule.format.layout((-1,))  # every window position starts anew
 
-    def job(weights: np.ndarray, patches: np.ndarray) -> Job:
+    def job(weights: np.ndarray, patches: np.ndarray, budget: np.ndarray) -> Job:
         if window_groups:
             weights, patches = weights.swapaxes(1, 2), patches.swapaxes(1, 2)
         whole = [layout.pad(v).reshape(len(v), -1) for v in (weights, patches)]
-        return Job(weights=whole[0], activations=whole[1], budget=budget)
+        own = budget if by_filter else int(budget[0])
+        return Job(weights=whole[0], activations=whole[1], budget=own)
 
-    pairs = zip(np.split(weights, groups), np.split(patches, groups, axis=2), strict=True)
-    return [job(w, p) for w, p in pairs]
+    by_filter = budgets.ndim == 1
+    each = np.broadcast_to(budgets, len(weights))
+    parts = (np.split(weights, groups), np.split(patches, groups, axis=2), np.split(each, groups))
+    return [job(*part) for part in zip(*parts, strict=True)]
 
 
 def write_layer_images(

@@ -73,7 +73,7 @@ class Steps:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DigitSerial(PE):
-    """What the digit-serial PEs share.
+    """Base of the digit-serial PEs.
 
     Attributes:
       lanes: multiplications side by side in a PE.

@@ -187,7 +187,7 @@ def _row(
 def sensitivity(
     figure: Callable[[Technology], Real], technology: Technology = HOROWITZ_45NM
 ) -> pd.DataFrame:
-    """How a figure moves with each energy entry.
+    """Sensitivity of a figure to each energy entry.
 
     Args:
       figure: a scalar of the technology, such as a `computational_saving`; must be traceable.

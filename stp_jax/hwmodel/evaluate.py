@@ -51,7 +51,8 @@ def evaluate(
     budgets, entries, buffer sizes and bandwidths. Concrete numbers are computed exactly (integers
     to 2**53); traced ones in float32, for layers whose extents stay below 2**31.
 
-    Cycles of a layer are ``folds * (2R + C - 2) + folds * T * k`` (k = 1 for `BitParallel`), plus
+    Cycles of a layer are ``folds * (2R + C - 2) + folds * T * k`` (k = 1 for `BitParallel`; with
+    budgets by filter, the sum of the filters' k in place of T * k), plus
     stalls if bandwidths are finite: the first fold's fill, and max(0, transfers - computation) of
     the other transfers, which double buffering otherwise hides. SCALE-Sim prints one cycle
     less a layer, the index of the last one.
@@ -60,8 +61,9 @@ def evaluate(
       network: the layers.
       array: rows, columns, dataflow, PE, buffers.
       budgets: k of each layer, the most terms in a group, for PEs that have one: a number for all,
-        one a layer in order, or by layer name. None, in whole or for a layer, and names left out
-        stand for full precision, the layer as it is in int8: the most that a group of its
+        one a layer in order, or by layer name; in place of a layer's number, an array of one for
+        each of its filters, where inputs are resident. None, in whole or for a layer, and names
+        left out stand for full precision, the layer as it is in int8: the most that a group of its
         ``weights`` holds if they are given, else the most that any of its groups can need
         (``pe.max_budget``, 32 for NAF, 8 bits, g = 8, or less where the reduction is below g).
       weights: integer weights by layer name (HWIO, or in by out; see `weight_matrix`), or what

@@ -55,7 +55,7 @@ def _extent(network: Network, name: str, xp: ModuleType) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Folding:
-    """How every layer of a network folds onto an array; real vectors over layers."""
+    """Folds of every layer of a network on an array; real vectors over layers."""
 
     dataflow: Dataflow
     extents: Extents

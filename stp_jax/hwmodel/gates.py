@@ -66,6 +66,7 @@ def group_events(
     folding: Folding,
     budgets: Vector,
     groups: Vector,
+    slots: Vector,
     held: Callable[[Vector], Vector],
     live: np.ndarray,
     smoothing: float,
@@ -74,9 +75,10 @@ def group_events(
 
     Args:
       folding: of the network onto the array.
-      budgets: k.
-      groups: of all filters and products, each met once by every output pixel.
-      held: caps k -> terms of all groups, none counted beyond its cap.
+      budgets: k by entry, that is by layer or by filter.
+      groups: of all filters and products, each met once by every output pixel; by layer.
+      slots: of these groups, by layer.
+      held: caps by entry -> terms of all groups by layer, none counted beyond its cap.
       live: share of activations that are not zero.
       smoothing: see `evaluate`.
     """
@@ -97,7 +99,7 @@ def group_events(
         "group_live_pair": groups * xp.maximum(pairs, 0.0),
         "group_first_empty_slot": ending,
         # The group's own event has a slot, whether it holds a term or not.
-        "group_further_empty_slot": groups * budgets - terms - (groups - first) - ending,
+        "group_further_empty_slot": slots - terms - (groups - first) - ending,
     }
     by_pixel = {name: count * folding.P for name, count in events.items()}
     return {**by_pixel, "group_load": load_cycles(folding)}

@@ -9,7 +9,7 @@ and Zhang, SC20).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from stp_jax import terms
 from stp_jax.hwmodel import gates
 from stp_jax.hwmodel.folding import Extents, Folding
+from stp_jax.hwmodel.layer_budgets import LayerBudgets, resolve_budgets
 from stp_jax.hwmodel.network import Network
 from stp_jax.hwmodel.numbers import (
     INTEGER,
@@ -41,8 +42,6 @@ from stp_jax.hwmodel.term_histogram import (
     Grouping,
     GroupTerms,
     TermGroups,
-    check_names,
-    lookup,
     measure_terms,
 )
 from stp_jax.terms.groups import ragged_size
@@ -59,6 +58,10 @@ class GroupPE(PE):
     a cycle but switches neither shifter nor adder. n > 0 terms cost n shifts and n int32 adds: the
     first term is loaded rather than added, the last add joins the sum from the row above. Where
     the weights are not known, groups hold k terms, or all that the weights of a ragged one can.
+
+    Inputs resident, filters stream one after the other, so that each may have a budget of its own:
+    a fold takes the sum of its filters' k. Other dataflows hold filters side by side, which would
+    wait for the largest; they take budgets by layer only.
 
     Attributes:
       group_size: g, resident activations.
@@ -132,20 +135,26 @@ class GroupPE(PE):
         if not isinstance(statistics, GroupTerms):
             statistics = measure_terms(network, statistics, self)
         statistics.check(self.term_groups, network)
-        k = resolve_budgets(work, self, statistics)
+        budgets = self._resolve_budgets(work, statistics)
+        k = budgets.k
         if isinstance(k, np.ndarray):
-            _check_budgets(network, self, k, statistics, relaxed=work.smoothing > 0.0)
+            held = statistics.largest_of(budgets.counts)
+            _check_budgets(network, self, budgets, held, relaxed=work.smoothing > 0.0)
         known = xp.asarray(statistics.measured)
-        groups = folding.groups * folding.reduction_steps * folding.M
+        # By entry, that is by layer or by filter, until they are summed.
+        groups = budgets.share(folding.groups * folding.reduction_steps * folding.M)
 
         def held(caps: Vector) -> Vector:
-            """Terms of all groups, none counted beyond its cap."""
-            measured = statistics.within(caps, work.smoothing)[0]
-            return xp.where(known, measured, self._full_terms(caps, folding, work.smoothing))
+            """Terms of each layer's groups, none counted beyond its entry's cap."""
+            measured = budgets.total(statistics.within(caps, budgets.counts, work.smoothing)[0])
+            capped = dataclasses.replace(budgets, k=caps)
+            return xp.where(known, measured, self._full_terms(capped, folding, work.smoothing))
 
-        _, empty = statistics.within(k, work.smoothing)
+        _, empty = statistics.within(k, budgets.counts, work.smoothing)
         added = held(k) * folding.P
-        empty = xp.where(known, empty, xp.where(k > 0.0, 0.0, groups))
+        unused = budgets.total(xp.where(k > 0.0, 0.0, groups))
+        empty = xp.where(known, budgets.total(empty), unused)
+        passes = budgets.spread(folding.P)
         group_size = as_real(self.group_size, xp)
         slot = self.slot_format(k)
         weight_bits: Real = float(self.bits)
@@ -156,39 +165,67 @@ class GroupPE(PE):
         if packed.any():
             words = folding.groups * folding.K * folding.M
             weight_bits = xp.where(
-                xp.asarray(packed), groups * k * slot.stored_bits / words, weight_bits
+                xp.asarray(packed),
+                budgets.total(groups * k * slot.stored_bits) / words,
+                weight_bits,
             )
+        steps = budgets.share(folding.folds * folding.steps)
         return Activity(
-            cycles=folding.folds * folding.steps * smooth_maximum(k, 1.0, work.smoothing),
-            busy=groups * k * folding.P,
+            cycles=budgets.total(steps * smooth_maximum(k, 1.0, work.smoothing)),
+            busy=budgets.total(groups * k * passes),
             terms=added,
             events={"int8_shift": added, "int32_add": added},
             register_bits=(added + empty * folding.P) * ACCUMULATOR_BITS
             + operand_register_bits(
                 folding,
                 group_size,
-                groups * k * slot.wire_bits * folding.P,
-                k * slot.wire_bits,
+                budgets.total(groups * k * slot.wire_bits * passes),
+                budgets.mean(k * slot.wire_bits),
             ),
             encoder=None if packed.all() else terms.ENCODINGS[self.encoding].encoder,
             encoded_share=as_real(~packed, xp),
             weight_bits=weight_bits,
             # Two-input multiplexers that select one of g activations; an estimate of the wiring.
             selections=added * (ACTIVATION_BITS * (group_size - 1.0)),
-            budgets=k,
-            gates=self._gate_events(work, k, groups, held),
+            budgets=budgets.mean(k),
+            gates=self._gate_events(work, budgets, groups, held),
         )
 
     def _gate_events(
-        self, work: Workload, k: Vector, groups: Vector, held: Callable[[Vector], Vector]
+        self,
+        work: Workload,
+        budgets: LayerBudgets,
+        groups: Vector,
+        held: Callable[[Vector], Vector],
     ) -> dict[str, Vector] | None:
         """Events of a table by gates; None where no such PE was measured."""
         concrete = isinstance(self.group_size, int | float | np.number | np.ndarray)
         alike = concrete and self.group_size == gates.GROUP_SIZE and self.bits == gates.BITS
         if not alike or work.folding.dataflow != "is":
             return None
-        live = gates.live_shares(work.network, work.activations)
-        return gates.group_events(work.folding, k, groups, held, live, work.smoothing)
+        return gates.group_events(
+            work.folding,
+            budgets.k,
+            budgets.total(groups),
+            budgets.total(groups * budgets.k),
+            held,
+            gates.live_shares(work.network, work.activations),
+            work.smoothing,
+        )
+
+    def _resolve_budgets(self, work: Workload, statistics: GroupTerms) -> LayerBudgets:
+        """The budgets; by default what the weights hold, or all that groups can need."""
+        xp = namespace_of(work.folding.K)
+        limits = as_real(self._layer_limits(work.folding.extents), xp)
+        largest = as_real(statistics.largest, xp)
+        full = xp.where(xp.asarray(statistics.measured), largest, limits)
+        budgets = resolve_budgets(work.network, work.budgets, full)
+        if work.folding.dataflow != "is" and not budgets.is_by_layer:
+            raise ValueError(
+                f"budgets by filter need the input-stationary dataflow, in which filters follow "
+                f"each other; the array's is {work.folding.dataflow!r}"
+            )
+        return budgets
 
     def _layer_limits(self, extents: Extents) -> Vector:
         """The most terms that a group of any integers needs, integers of shape (layers,)."""
@@ -196,7 +233,7 @@ class GroupPE(PE):
         size = self.group_size
         return namespace_of(size).minimum(self.term_groups.extents(extents), size) * most
 
-    def _full_terms(self, k: Vector, folding: Folding, smoothing: float) -> Vector:
+    def _full_terms(self, budgets: LayerBudgets, folding: Folding, smoothing: float) -> Vector:
         """Terms of a layer whose groups hold k, or all that they can: a ragged one may hold less.
 
         Returns:
@@ -208,9 +245,9 @@ class GroupPE(PE):
         rest = as_real(ragged_size(extent, size), xp)
         pieces = folding.K / as_real(extent, xp)  # window positions, if groups start anew there
         most = terms.max_terms(self.encoding, self.bits)
-        ragged = smooth_minimum(k, rest * most, smoothing)
-        each = as_real(extent // size, xp) * k + ragged
-        return folding.groups * folding.M * pieces * each
+        ragged = smooth_minimum(budgets.k, budgets.spread(rest * most), smoothing)
+        each = budgets.spread(as_real(extent // size, xp)) * budgets.k + ragged
+        return budgets.total(budgets.share(folding.groups * folding.M * pieces) * each)
 
 
 @jax.tree_util.register_dataclass
@@ -256,47 +293,33 @@ class TermMac(GroupPE):
         )
 
 
-def resolve_budgets(work: Workload, pe: GroupPE, statistics: GroupTerms) -> Vector:
-    """Budgets as a real vector over layers; see `evaluate` for what is accepted and raised."""
-    network, budgets = work.network, work.budgets
-    xp = namespace_of(work.folding.K)
-    limits = as_real(pe._layer_limits(work.folding.extents), xp)
-    largest = as_real(statistics.largest, xp)
-    full = xp.where(xp.asarray(statistics.measured), largest, limits)
-    if isinstance(budgets, Mapping):
-        check_names("budgets", budgets, network)
-        budgets = [lookup(budgets, layer) for layer in network]
-    if budgets is None:
-        return full
-    if isinstance(budgets, str):
-        raise TypeError(f"budgets are numbers, not text, got {budgets!r}")
-    if isinstance(budgets, list | tuple):
-        if len(budgets) != len(network):
-            raise ValueError(f"{len(budgets)} budgets for {len(network)} layers")
-        chosen = [full[i] if k is None else as_real(k, xp) for i, k in enumerate(budgets)]
-        k = xp.stack(chosen)
-    else:
-        k = as_real(budgets, xp)
-        if k.shape not in ((), (len(network),)):
-            raise ValueError(f"budgets of shape {k.shape} for {len(network)} layers")
-        k = xp.broadcast_to(k, (len(network),))
-    return k
-
-
 def _check_budgets(
-    network: Network, pe: GroupPE, k: np.ndarray, held: GroupTerms, *, relaxed: bool
+    network: Network, pe: GroupPE, budgets: LayerBudgets, held: np.ndarray, *, relaxed: bool
 ) -> None:
-    """Relaxed budgets need not be whole, nor reach what the weights hold."""
-    for layer, budget, largest in zip(network, k, held.largest, strict=True):
-        if not 0 <= budget <= pe.max_budget or (budget != np.floor(budget) and not relaxed):
-            raise ValueError(
-                f"{layer.name}: a budget must be a {'' if relaxed else 'whole '}number from 0 to "
-                f"{pe.max_budget} (groups of {pe.group_size}, {pe.encoding}, {pe.bits} bits), got "
-                f"{budget:g}"
-            )
-        if budget < largest and not relaxed:
-            raise ValueError(
-                f"{layer.name}: a group of its weights holds {largest} terms, over the budget of "
-                f"{budget:g}; project the weights first, with the groups that the PE's "
-                f"grouping={pe.grouping!r} makes"
-            )
+    """Relaxed budgets need not be whole, nor reach what the weights hold, in any group of each."""
+    k, largest = np.asarray(budgets.k), held
+    outside = ~((k >= 0) & (k <= pe.max_budget))  # NaN too
+    if not relaxed:
+        outside |= k != np.floor(k)
+    if outside.any():
+        raise ValueError(
+            f"{_entry_name(network, budgets, outside)}: a budget must be a "
+            f"{'' if relaxed else 'whole '}number from 0 to {pe.max_budget} (groups of "
+            f"{pe.group_size}, {pe.encoding}, {pe.bits} bits), got {k[outside][0]:g}"
+        )
+    over = k < largest
+    if over.any() and not relaxed:
+        raise ValueError(
+            f"{_entry_name(network, budgets, over)}: a group of its weights holds "
+            f"{largest[over][0]} terms, over the budget of {k[over][0]:g}; project the weights "
+            f"first, with the groups that the PE's grouping={pe.grouping!r} makes"
+        )
+
+
+def _entry_name(network: Network, budgets: LayerBudgets, which: np.ndarray) -> str:
+    """The layer, and the filter where budgets are by filter, of the first entry of a mask."""
+    entry = int(np.argmax(which))
+    layer = int(budgets.owners[entry])
+    first = int(np.argmax(budgets.owners == layer))
+    name = network.names[layer]
+    return name if budgets.counts[layer] == 1 else f"{name}, filter {entry - first}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, get_args
@@ -16,6 +17,9 @@ from typing import Literal, get_args
 import numpy as np
 
 Kind = Literal["conv", "dense", "matmul"]
+
+# Far above any network, and small enough that nothing derived from a layer overflows.
+_MAX_SCALAR, _MAX_SPATIAL = 2**40, 2**24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,8 +31,9 @@ class Layer:
     ``SAME``.
 
     Raises:
-      ValueError: an extent is not a positive integer, the spatial tuples differ in length, windows
-        reach beyond the padded input, or channels or filters do not divide into groups.
+      ValueError: an extent is not a positive integer or is absurdly large, the spatial tuples
+        differ in length, windows reach beyond the padded input, or channels or filters do not
+        divide into groups.
     """
 
     name: str
@@ -57,16 +62,25 @@ class Layer:
                 f"the same number of axes, got {spatial}"
             )
         scalars = (self.batch, self.channels, self.filters, self.groups)
-        for extent in (*scalars, *(e for extents in spatial for e in extents)):
+        extents = (*scalars, *itertools.chain(*spatial))
+        for extent in extents:
             if not isinstance(extent, int | np.integer) or extent < 1:
                 raise ValueError(
                     f"layer {self.name!r}: every extent must be a positive integer, got {self}"
                 )
+        largest = (_MAX_SCALAR,) * len(scalars) + (_MAX_SPATIAL,) * (5 * len(self.kernel))
+        if any(extent > most for extent, most in zip(extents, largest, strict=True)):
+            raise ValueError(
+                f"layer {self.name!r}: batch, channels, filters and groups go up to {_MAX_SCALAR}, "
+                f"spatial extents to {_MAX_SPATIAL}; got {self}"
+            )
         if self.channels % self.groups or self.filters % self.groups:
             raise ValueError(
                 f"layer {self.name!r}: {self.channels} channels and {self.filters} filters do not "
                 f"divide into {self.groups} groups"
             )
+        if self.macs >= 2**63:
+            raise ValueError(f"layer {self.name!r}: {self.macs:.3g} multiplications are too many")
         self._pad()
 
     def _pad(self) -> None:

@@ -32,7 +32,7 @@ def plot_energy(
 
 
 def roofline(report: Report, array: Array) -> pd.DataFrame:
-    """Where each layer stands under the array's roofs.
+    """Roofline plot: each layer's throughput over its operational intensity.
 
     A layer's roof of computation is what it would do if its PEs never idled: its
     multiply-accumulates over the PE-cycles that hold its work, times the number of PEs. That is its

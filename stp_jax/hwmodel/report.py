@@ -21,7 +21,8 @@ class Report:
     Under ``vmap`` the layers are the last axis; totals sum over that axis alone.
 
     Attributes:
-      budgets: k, terms a group; None for PEs without budgets.
+      budgets: k, terms a group; where they are by filter, their mean over a layer's filters. None
+        for PEs without budgets.
       cycles: with stalls; integers unless a bandwidth or a budget is fractional.
       stall_cycles: those that wait for memory.
       utilization: fraction of PE-cycles that hold work.

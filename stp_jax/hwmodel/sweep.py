@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from stp_jax.hwmodel.network import Network
 from stp_jax.hwmodel.numbers import INT32_END, Real
 from stp_jax.hwmodel.pes import PE, BitParallel
 from stp_jax.hwmodel.technology import HOROWITZ_45NM, Technology
+from stp_jax.hwmodel.term_histogram import check_names, lookup
 
 ARRAY_FIELDS = (
     "rows",
@@ -34,7 +36,7 @@ _INTEGERS = ("rows", "cols", "group_size")
 
 def sweep(
     network: Network,
-    designs: Mapping[str, jax.typing.ArrayLike],
+    designs: Mapping[str, jax.typing.ArrayLike | Mapping[str, jax.typing.ArrayLike]],
     *,
     pe: PE | None = None,
     dataflow: Dataflow = "is",
@@ -46,8 +48,9 @@ def sweep(
     Args:
       network: the layers.
       designs: by field of `Array`, or ``group_size`` and ``budgets`` for group PEs, one value a
-        design: shape (N,), ``budgets`` also (N, layers). What is left out is 32 rows, 32 columns
-        and the defaults of `Array`. Every group is taken to fill its budget.
+        design: shape (N,), ``budgets`` also (N, layers), or by layer name (N,) or (N, filters).
+        What is left out is 32 rows, 32 columns and the defaults of `Array`. Every group is taken
+        to fill its budget.
       pe: the kind of PE, `GroupPE` if ``budgets`` or ``group_size`` vary, else `BitParallel`.
       dataflow: of all designs.
       technology: energy per event.
@@ -60,18 +63,26 @@ def sweep(
       ValueError: an unknown field, different lengths, values that are not positive, budgets above
         what groups can hold, or a layer's extent, rows, columns or a group size from 2**31 on.
     """
-    values = {name: np.asarray(value) for name, value in designs.items()}
+    values = {
+        name: {layer: np.asarray(k) for layer, k in value.items()}
+        if isinstance(value, Mapping)
+        else np.asarray(value)
+        for name, value in designs.items()
+    }
     if pe is None:
         pe = GroupPE() if set(values) & set(_PE_FIELDS) else BitParallel()
     count = _check(network, values, pe)
     devices = jax.devices() if devices is None else devices
     spare = -count % len(devices)
     spread = NamedSharding(Mesh(np.array(devices), ("designs",)), PartitionSpec("designs"))
-    placed = {
-        name: jax.device_put(
+
+    def place(name: str, x: np.ndarray) -> jax.Array:
+        return jax.device_put(
             _narrow(name, np.concatenate([x, x[:1].repeat(spare, axis=0)])), spread
         )
-        for name, x in values.items()
+
+    placed = {
+        name: jax.tree.map(functools.partial(place, name), value) for name, value in values.items()
     }
     totals = _evaluator(network, dataflow, tuple(sorted(values)))(placed, pe, technology)
     return {name: np.asarray(total)[:count] for name, total in totals.items()}
@@ -86,16 +97,18 @@ def _narrow(name: str, x: np.ndarray) -> np.ndarray:
     return x.astype(np.int32)
 
 
-def _check(network: Network, values: Mapping[str, np.ndarray], pe: PE) -> int:
+def _check(network: Network, values: Mapping[str, Any], pe: PE) -> int:
     known = ARRAY_FIELDS + (_PE_FIELDS if isinstance(pe, GroupPE) else ())
     unknown = sorted(set(values) - set(known))
     if unknown or not values:
         raise ValueError(f"cannot sweep {unknown}; choose among {', '.join(known)}")
-    count = {len(x) if x.ndim else 0 for x in values.values()}
+    count = {len(x) if x.ndim else 0 for x in jax.tree.leaves(values)}
     if len(count) != 1 or 0 in count:
         raise ValueError(f"every field needs one value a design, got lengths {sorted(count)}")
-    for name, x in values.items():
-        shapes = [(len(x),)] + ([(len(x), len(network))] if name == "budgets" else [])
+    if isinstance(values.get("budgets"), Mapping):
+        check_names("budgets", values["budgets"], network)
+    for name, x, inner in _fields(network, values):
+        shapes = [(len(x),), *((len(x), n) for n in inner)]
         if x.shape not in shapes:
             raise ValueError(
                 f"{name} has shape {x.shape}, expected {' or '.join(map(str, shapes))}"
@@ -105,9 +118,25 @@ def _check(network: Network, values: Mapping[str, np.ndarray], pe: PE) -> int:
     if isinstance(pe, GroupPE) and "budgets" in values:
         capacity = GroupPE(group_size=1, encoding=pe.encoding, bits=pe.bits).max_budget
         capacity = capacity * np.asarray(values.get("group_size", pe.group_size))
-        if (np.moveaxis(values["budgets"], 0, -1) > capacity).any():
-            raise ValueError("budgets exceed the terms that a group can need")
+        for k in jax.tree.leaves(values["budgets"]):
+            if (np.moveaxis(k, 0, -1) > capacity).any():
+                raise ValueError("budgets exceed the terms that a group can need")
     return count.pop()
+
+
+def _fields(
+    network: Network, values: Mapping[str, Any]
+) -> Iterator[tuple[str, np.ndarray, list[int]]]:
+    """Each array of the designs with its name and the second extents that it may have."""
+    for name, value in values.items():
+        if not isinstance(value, Mapping):
+            yield name, value, [len(network)] if name == "budgets" else []
+            continue
+        if name != "budgets":
+            raise ValueError(f"{name} is no field of layers; give one value a design")
+        for layer in network:
+            if (k := lookup(value, layer)) is not None:
+                yield f"budgets of {layer.name}", k, [layer.filters]
 
 
 @functools.lru_cache(maxsize=32)

@@ -85,12 +85,14 @@ class GroupTerms:
       groups: what was counted.
       shapes: name, kernel, input channels of a group and filters of each layer; batch and image
         size do not matter to weights.
+      by_filter: of each layer, int64 (filters, maximum + 1); the histogram is their sum.
     """
 
     histogram: np.ndarray
     measured: np.ndarray
     groups: TermGroups
     shapes: tuple[tuple[str, tuple[int, ...], int, int], ...]
+    by_filter: tuple[np.ndarray, ...]
 
     def check(self, groups: TermGroups, network: Network) -> None:
         """Raises ValueError if the network has other layers, or groups or terms are others."""
@@ -108,19 +110,46 @@ class GroupTerms:
     @property
     def largest(self) -> np.ndarray:
         """The most terms in any group, int64 (layers,)."""
-        held = np.arange(self.histogram.shape[1]) * (self.histogram > 0)
-        return held.max(axis=1)
+        return _largest(self.histogram)
 
-    def within(self, budgets: Vector, smoothing: float = 0.0) -> tuple[Vector, Vector]:
+    def largest_of(self, counts: np.ndarray) -> np.ndarray:
+        """The most terms in any group of a layer, or of each filter where ``counts`` is not 1."""
+        return _largest(self._rows(counts))
+
+    def within(
+        self, budgets: Vector, counts: np.ndarray, smoothing: float = 0.0
+    ) -> tuple[Vector, Vector]:
         """Terms held by groups capped at ``budgets``, and groups without a term.
 
-        Real vectors over layers, zeros where weights are not known.
+        Args:
+          budgets: real vector, a layer's one after the other.
+          counts: budgets of each layer: 1, or its filters.
+          smoothing: see `evaluate`.
+
+        Returns:
+          Real vectors like ``budgets``, zeros where weights are not known.
         """
         xp = namespace_of(budgets)
-        counts = xp.arange(self.histogram.shape[1], dtype=budgets.dtype)[None, :]
-        histogram = as_real(self.histogram, xp)
-        held = xp.sum(histogram * smooth_minimum(counts, budgets[:, None], smoothing), axis=1)
-        return held, histogram[:, 0]
+        terms_held = xp.arange(self.histogram.shape[1], dtype=budgets.dtype)[None, :]
+        histogram = as_real(self._rows(counts), xp)
+        capped = smooth_minimum(terms_held, budgets[:, None], smoothing)
+        return xp.sum(histogram * capped, axis=1), histogram[:, 0]
+
+    def _rows(self, counts: np.ndarray) -> np.ndarray:
+        """Histograms of layers, or of their filters where ``counts`` is not 1."""
+        if (counts == 1).all():
+            return self.histogram
+        return np.concatenate(
+            [
+                self.histogram[i, None] if count == 1 else self.by_filter[i]
+                for i, count in enumerate(counts)
+            ]
+        )
+
+
+def _largest(histogram: np.ndarray) -> np.ndarray:
+    """The last column that is not zero, of each row."""
+    return (np.arange(histogram.shape[1]) * (histogram > 0)).max(axis=1)
 
 
 def weight_shapes(network: Network) -> tuple[tuple[str, tuple[int, ...], int, int], ...]:
@@ -221,18 +250,25 @@ def measure_terms(network: Network, weights: Operands | None, pe: HasTermGroups)
     groups = pe.term_groups
     counts = terms.count_table(groups.encoding, groups.bits)
     half = 1 << (groups.bits - 1)
-    histograms = []
+    by_filter = []
     for layer in network:
         held = lookup(weights, layer)
         if held is None:
-            histograms.append(np.zeros(1, np.int64))
+            by_filter.append(np.zeros((layer.filters, 1), np.int64))
             continue
         matrix = weight_matrix(layer, held, groups.bits)
         by_position = (layer.window, layer.group_channels, layer.filters)
         held_counts = counts[matrix + half].reshape(by_position)
-        histograms.append(np.bincount(groups.layout(layer).sums(held_counts).ravel()))
-    histogram = np.zeros((len(network), max(map(len, histograms))), np.int64)
-    for row, values in zip(histogram, histograms, strict=True):
-        row[: len(values)] = values
+        by_filter.append(_histograms(groups.layout(layer).sums(held_counts)))
+    columns = max(rows.shape[1] for rows in by_filter)
+    filled = tuple(np.pad(rows, ((0, 0), (0, columns - rows.shape[1]))) for rows in by_filter)
+    histogram = np.stack([rows.sum(axis=0) for rows in filled])
     measured = np.asarray(histogram.any(axis=1))
-    return GroupTerms(histogram, measured, groups, weight_shapes(network))
+    return GroupTerms(histogram, measured, groups, weight_shapes(network), filled)
+
+
+def _histograms(held: np.ndarray) -> np.ndarray:
+    """Histograms of integers [..., filters] by filter, int64 (filters, maximum + 1)."""
+    filters, columns = held.shape[-1], int(held.max(initial=0)) + 1
+    bins = held.reshape(-1, filters) + np.arange(filters) * columns
+    return np.bincount(bins.ravel(), minlength=filters * columns).reshape(filters, columns)

@@ -1,4 +1,4 @@
-"""Budgets by layer for a whole model: its error curves, and the total that its layers share."""
+"""Budgets for a whole model: its error curves, and the total that layers or filters share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 
 from stp_jax.quant.budgets import budgets
 from stp_jax.quant.layers import quantized_layers
-from stp_jax.quant.sensitivity import error_curves, group_counts
+from stp_jax.quant.sensitivity import Granularity, error_curves, group_counts
 from stp_jax.terms.budgets import allocate_budgets
 
 
@@ -27,7 +27,7 @@ def normalized_costs(model: Any, costs: Mapping[str, float]) -> dict[str, float]
 
 
 def storage_costs(model: Any) -> dict[str, float]:
-    """What a term per group takes to store, by layer with a budget rule; see `normalized_costs`."""
+    """Storage of one term per group, by layer with a budget rule; see `normalized_costs`."""
     groups = group_counts(model)
     return normalized_costs(model, {path: float(groups[path]) for path in budgets(model)})
 
@@ -38,8 +38,10 @@ def allocate(
     *,
     costs: Mapping[str, float] | None = None,
     importance: Mapping[str, jax.Array] | None = None,
-) -> dict[str, int]:
-    """Budgets by layer of least weighted error, within a total cost.
+    by: Granularity = "layer",
+    minimum: int = 1,
+) -> dict[str, Any]:
+    """Budgets of least weighted error by layer or by filter, within a total cost.
 
     Args:
       model: an STP model whose rules use the NAF and optimal projection (a Linen one with its
@@ -47,14 +49,17 @@ def allocate(
       total: the cost that all layers may take together. In the units of `stp_jax.term_costs` it is
         the mean number of terms per weight.
       costs: layer path → cost of one more term per group; terms to store by default.
-        `stp_jax.term_costs` has those of the accelerator.
+        `stp_jax.term_costs` has those of the accelerator. A layer's filters take equal shares.
       importance: weights of the squared errors by layer, best `squared_gradients`; ones by default.
+      by: ``layer`` gives one budget to all filters of a layer, ``filter`` gives each its own.
+      minimum: the least budget of a layer or filter.
 
     Returns:
-      Layer path → terms per group, for `set_budgets`. At least one in each layer.
+      Layer path → terms per group, for `set_budgets`: an integer, or an int32 array ``[filters]``.
 
     Raises:
-      ValueError: as by `error_curves` and `stp_jax.terms.allocate_budgets`.
+      ValueError: as by `error_curves` and `stp_jax.terms.allocate_budgets`, or there is no such
+        granularity.
 
     >>> import stp_jax
     >>> from flax import nnx
@@ -62,10 +67,12 @@ def allocate(
     >>> model = stp_jax.quantize(model, stp_jax.Policy([stp_jax.Rule(path=".*", budget=8)]))
     >>> stp_jax.allocate(model, 0.5)
     {'': 4}
+    >>> stp_jax.allocate(model, 0.5, by="filter")[""].sum()
+    np.int64(16)
     """
     costs = storage_costs(model) if costs is None else costs
-    curves = error_curves(model, importance=importance)
+    curves = error_curves(model, importance=importance, by=by)
     unknown = sorted(set(costs) - set(curves))
     if unknown:
         raise ValueError(f"costs name no quantized layer: {', '.join(unknown)}")
-    return allocate_budgets({path: curves[path] for path in costs}, costs, total)
+    return allocate_budgets({path: curves[path] for path in costs}, costs, total, minimum=minimum)

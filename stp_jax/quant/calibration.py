@@ -28,6 +28,18 @@ def check_batches(batches: object) -> None:
         raise TypeError(f"batches must be a list of batches; give [x] for one of {batches.shape}")
 
 
+def finite_batches(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches one by one; ValueError at the first that holds NaN or infinity."""
+    for i, batch in enumerate(batches):
+        for leaf in jax.tree.leaves(batch):
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+                continue
+            bad = int(jnp.sum(~jnp.isfinite(leaf)))
+            if bad:
+                raise ValueError(f"batch {i} has {bad} values that are NaN or infinite")
+        yield batch
+
+
 def sum_over_batches(function: Callable[[Any], Any], batches: Iterable[Any]) -> tuple[Any, int]:
     """The sum of a function's trees over batches, and their number; (None, 0) without any."""
     total, count = None, 0
@@ -92,12 +104,12 @@ def calibrate(
       call: how to call the model on a batch otherwise, as ``lambda model, batch: model(*batch)``.
 
     Raises:
-      ValueError: there is no batch.
+      ValueError: there is no batch, or one holds NaN or infinity.
       TypeError: batches is an array.
     """
     check_batches(batches)
     quantized_layers(model)
-    if not observe_inputs(model, batches, call):
+    if not observe_inputs(model, finite_batches(batches), call):
         raise ValueError("calibration needs at least one batch of inputs")
 
 

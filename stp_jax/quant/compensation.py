@@ -132,7 +132,7 @@ def compensate(
             padded.reshape(-1, size, outputs),
             jnp.broadcast_to(scale.reshape(-1, scale.shape[-1]), (1, outputs))[0],
             whole(whole(gram).T),
-            layer.budget,
+            layer.flat_budget,
             fmt=fmt,
             damping=damping,
         )

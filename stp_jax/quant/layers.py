@@ -10,12 +10,12 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from stp_jax.hooks import KernelLayer
 from stp_jax.quant.policy import Rule
@@ -85,7 +85,7 @@ def embedding_axes() -> KernelAxes:
 
 
 def kernel_axes(layer: KernelLayer, shape: tuple[int, ...]) -> KernelAxes:
-    """Where the reduction of a layer's kernel lies.
+    """Axes of the reduction in a layer's kernel.
 
     Args:
       layer: the layer.
@@ -128,7 +128,7 @@ def _kernel_axes(layer: KernelLayer, shape: tuple[int, ...]) -> KernelAxes:
 
 @dataclasses.dataclass(frozen=True)
 class LayerFormat:
-    """How one layer is quantized; all of it static. Scales and budgets are passed in.
+    """The quantizers of one layer; all fields are static. Scales and budgets are passed in.
 
     Stored scales may have any sign, since they are trained without constraint: their magnitude
     counts. A scale of None is the rule's own choice from the tensor ("max", "dynamic").
@@ -142,21 +142,9 @@ class LayerFormat:
         """Terms per group as the rule says; all of them if it names none."""
         return self.rule.format.max_budget if self.rule.budget is None else self.rule.budget
 
-    def budgets_like(self, value: jax.typing.ArrayLike, present: jax.Array) -> jax.Array:
-        """A new budget in the shape of the present one, which has an entry per stacked layer.
-
-        Raises:
-          ValueError: a budget is out of its range, or there are more or fewer than layers.
-        """
-        if isinstance(value, jax.core.Tracer) or np.ndim(value) == 0:
-            self.rule.format.check_budget(value)
-        else:
-            for one in np.asarray(value).reshape(-1):
-                self.rule.format.check_budget(one)
-        new = jnp.asarray(value, jnp.int32).reshape(-1)
-        if new.size not in (1, present.size):
-            raise ValueError(f"{new.size} budgets for {present.size} stacked layers")
-        return jnp.broadcast_to(new, (present.size,)).reshape(present.shape)
+    def filter_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of one value per filter (output channel), to broadcast against a kernel."""
+        return tuple(1 if a in self.axes.scale else n for a, n in enumerate(shape))
 
     def best_scale(
         self, kernel: jax.Array, budget: jax.Array, importance: jax.Array | None = None
@@ -244,11 +232,16 @@ class LayerFormat:
         return peak.reshape(()) * ratios[jnp.argmin(jax.lax.map(error, ratios))]
 
 
+def of_one_layer(budget: jax.Array) -> jax.Array:
+    """The budget of one layer as its format takes it: a scalar, if it is one for all filters."""
+    return budget.reshape(()) if budget.size == 1 else budget
+
+
 class QuantizedLayer(abc.ABC):
     """A quantized layer of an STP model; what it sets, it sets in the model.
 
     Layers that a transformation stacked share a path: their kernels, scales and budgets are stacked
-    alike, and the methods here work on each by itself.
+    alike, and the methods here work on each by itself. ``stack`` below stands for their extents.
 
     Attributes:
       layer: what the layer is.
@@ -294,7 +287,11 @@ class QuantizedLayer(abc.ABC):
     @property
     @abc.abstractmethod
     def budget(self) -> jax.Array:
-        """Terms per group: int32, or float32 while it is relaxed; one entry per stacked layer."""
+        """Terms per group: int32, or float32 while it is relaxed.
+
+        Its shape is ``stack``, or ``[*stack, *filters]`` where budgets are by filter; filters have
+        the axes of one layer's kernel, with 1 where weights share a scale.
+        """
 
     @budget.setter
     @abc.abstractmethod
@@ -306,17 +303,72 @@ class QuantizedLayer(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def is_stacked(self) -> bool:
-        """Whether this is a stack of layers."""
+    def stack_axes(self) -> tuple[int, ...]:
+        """The axes of the kernel along which layers are stacked, ascending; none if it is one."""
+
+    @abc.abstractmethod
+    def beside_kernel(self, budget: jax.Array) -> jax.Array:
+        """A budget, shaped as `budget`, laid out so that `map_stack` cuts it as the kernel."""
 
     @abc.abstractmethod
     def map_stack(self, function: Callable, *arrays: jax.Array | None) -> jax.Array:
         """``function(*arrays)`` layer by layer; arrays are stacked as the kernel is, or None."""
 
     @property
+    def is_stacked(self) -> bool:
+        """Whether this is a stack of layers."""
+        return bool(self.stack_axes)
+
+    @property
     def is_relaxed(self) -> bool:
         """Whether the budget is a real parameter."""
         return jnp.issubdtype(self.budget.dtype, jnp.floating)
+
+    @property
+    def _stack(self) -> tuple[int, ...]:
+        return tuple(self.kernel.shape[a] for a in self.stack_axes)
+
+    @property
+    def _filters(self) -> tuple[int, ...]:
+        shape = self.kernel.shape
+        inner = tuple(n for a, n in enumerate(shape) if a not in self.stack_axes)
+        return self.format.filter_shape(inner)
+
+    @property
+    def filter_count(self) -> int:
+        """The number of filters (output channels) of one layer."""
+        return math.prod(self._filters)
+
+    @property
+    def flat_budget(self) -> jax.Array:
+        """The budget as ``stack``, or by filter as ``[*stack, filters]``."""
+        budget, stack = self.budget, self._stack
+        return budget if budget.shape == stack else budget.reshape(*stack, -1)
+
+    def shaped_budget(self, value: jax.typing.ArrayLike) -> jax.Array:
+        """A new budget, int32, in the shape of `budget`.
+
+        Args:
+          value: one integer, one per stacked layer, or one per filter, as ``[*stack, filters]`` or
+            with the axes of filters.
+
+        Raises:
+          ValueError: a budget is out of its range, or there are more or fewer than filters.
+          TypeError: a budget is no integer.
+        """
+        self.rule.format.check_budget(value)
+        new, stack, filters = jnp.asarray(value, jnp.int32), self._stack, self._filters
+        if new.size == 1:
+            return jnp.broadcast_to(new.reshape(()), stack)
+        if stack and new.shape in (stack, (math.prod(stack),)):
+            return new.reshape(stack)
+        if new.shape in ((*stack, self.filter_count), (*stack, *filters)):
+            return new.reshape(*stack, *filters)
+        layers = f"{stack} stacked layers with " if stack else ""
+        raise ValueError(
+            f"budgets of shape {new.shape} for {layers}{self.filter_count} filters: give one, or "
+            f"an array of shape {(*stack, self.filter_count)}"
+        )
 
     def _on_kernel(
         self, function: Callable, budget: jax.Array, *more: jax.Array | None
@@ -324,13 +376,14 @@ class QuantizedLayer(abc.ABC):
         """``function(kernel, stored scale, budget, *more)``, layer by layer."""
 
         def one(kernel, scale, budget, *rest):
-            return function(kernel, scale, budget.reshape(()), *rest)
+            return function(kernel, scale, of_one_layer(budget), *rest)
 
-        return self.map_stack(one, self.kernel, self.stored_scale, budget, *more)
+        laid_out = self.beside_kernel(budget)
+        return self.map_stack(one, self.kernel, self.stored_scale, laid_out, *more)
 
     def _budget_or(self, budget: jax.typing.ArrayLike | None) -> jax.Array:
         if budget is not None:
-            return self.format.budgets_like(budget, self.budget)
+            return self.shaped_budget(budget)
         if self.is_relaxed:
             raise ValueError("the budgets are relaxed; set_budgets makes them whole again")
         return self.budget

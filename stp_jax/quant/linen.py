@@ -5,7 +5,8 @@ module and its parameters stay what they were.
 
 What the quantizers store stands in two collections of its own, laid out as the parameters are:
 ``stp`` (budgets, and scales that are not trained) and ``stp_params`` (learned scales and relaxed
-budgets). Each leaf has the axes of its kernel, with 1 where values are shared. While the module
+budgets). Each leaf has the axes of its kernel, with 1 where values are shared: a budget by layer
+has a single value, one by filter a value per output channel. While the module
 runs, the leaves travel inside ``params``: so they reach every lifted layer (`nn.scan`, `nn.vmap`,
 `nn.remat`) as its kernel does, and stacked layers have budgets and scales of their own.
 
@@ -16,6 +17,8 @@ variables, on which the functions of `stp_jax` work as on an NNX model.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +37,7 @@ from stp_jax.quant.layers import (
     QuantizedLayer,
     find_layers,
     kernel_axes,
+    of_one_layer,
     without_quantizers,
 )
 from stp_jax.quant.policy import Policy, Rule
@@ -55,7 +59,7 @@ class _Found:
 
 @dataclasses.dataclass(eq=False)
 class _Traced:
-    """What traces of a module found, by path; the same for equal modules."""
+    """Layers found by traces of a module, by path; the same for equal modules."""
 
     layers: dict[str, _Found] = dataclasses.field(default_factory=dict)
     tables: dict[str, bool] = dataclasses.field(default_factory=dict)  # path → is an embedding
@@ -100,7 +104,7 @@ class _Quantizers:
 
     @property
     def trace_key(self) -> Any:
-        """What a trace depends on besides the module: equal for calls that may share one."""
+        """Everything that a trace depends on besides the module; equal calls share one."""
         return self.traced, self.create, self.observe
 
 
@@ -135,7 +139,7 @@ class _Quantizer:
         whole = self._stored("budget", lambda: first.reshape((1,) * kernel.ndim))
         relaxed = self._stored("relaxed_budget", None)
         stored = whole if relaxed is None else relaxed
-        budget = first if stored is None else stored.reshape(())
+        budget = first if stored is None else of_one_layer(stored)
         scale = None
         if self.rule.weight_scale != "max":
             scale = self._required("weight_scale", lambda: format.best_scale(kernel, budget))
@@ -480,7 +484,10 @@ class LinenLayer(QuantizedLayer):
         leaf = self._budget_leaf
         if leaf is None:
             return jnp.asarray(self.format.first_budget, jnp.int32)
-        return self._single(leaf)
+        axes = self.stack_axes
+        leaf = jnp.moveaxis(leaf, axes, range(len(axes)))
+        stack, filters = leaf.shape[: len(axes)], leaf.shape[len(axes) :]
+        return leaf if math.prod(filters) > 1 else leaf.reshape(stack)
 
     @budget.setter
     def budget(self, value: jax.Array) -> None:
@@ -488,50 +495,52 @@ class LinenLayer(QuantizedLayer):
             raise ValueError(
                 f"the variables have no collection {STATE!r}; take them from model.init"
             )
+        leaf = self.beside_kernel(value)
         self._set(LEARNED, "relaxed_budget", None)
-        self._set(STATE, "budget", value if self.is_stacked else value.reshape(self._ones))
+        self._set(STATE, "budget", leaf)
 
     def relax(self) -> None:
         """Puts the budget among the trained values."""
-        relaxed = self.budget.astype(jnp.float32)
-        relaxed = relaxed if self.is_stacked else relaxed.reshape(self._ones)
+        relaxed = self.beside_kernel(self.budget.astype(jnp.float32))
         self._set(LEARNED, "relaxed_budget", relaxed)
 
-    @property
-    def _ones(self) -> tuple[int, ...]:
-        return (1,) * self.kernel.ndim
-
-    @property
-    def is_stacked(self) -> bool:
-        """Whether a lifted transformation stacked layers here."""
-        return self.kernel.shape != self._inner
+    def beside_kernel(self, budget: jax.Array) -> jax.Array:
+        """The budget with the axes of the kernel, stacked where the kernel is."""
+        axes = self.stack_axes
+        missing = self.kernel.ndim - budget.ndim
+        budget = budget.reshape(*budget.shape, *(1,) * missing)
+        return jnp.moveaxis(budget, range(len(axes)), axes)
 
     def map_stack(self, function: Callable, *arrays: jax.Array | None) -> jax.Array:
         """``function(*arrays)``, layer by layer."""
-        for (
-            axis
-        ) in self._stacked_axes():  # so the last goes first, and the others keep their places
+        for axis in self.stack_axes:  # so the last goes first, and the others keep their places
             axes = tuple(None if array is None else axis for array in arrays)
             function = jax.vmap(function, in_axes=axes, out_axes=axis)
         return function(*arrays)
 
-    def _stacked_axes(self) -> tuple[int, ...]:
+    @property
+    def stack_axes(self) -> tuple[int, ...]:
         """The axes along which lifted transformations stack the kernel, ascending."""
-        if not self.is_stacked:
-            return ()
         shape, inner, budget = self.kernel.shape, self._inner, self._budget_leaf
+        if shape == inner:
+            return ()
         if budget is None:
             raise ValueError(
                 f"layer {self.path!r} is stacked; its variables need the collection {STATE!r}"
             )
-        # Budgets have an entry for each layer of a stack and 1 along the kernel's own axes.
-        axes = tuple(a for a, size in enumerate(budget.shape) if size > 1)
-        missing = len(shape) - len(inner) - len(axes)
-        for axis in range(len(shape)):  # stacks of one layer
-            rest = tuple(n for a, n in enumerate(shape) if a not in (*axes, axis))
-            if missing == 1 and axis not in axes and rest == inner:
-                return tuple(sorted((*axes, axis)))
-        return axes
+        # Budgets have an entry for each layer of a stack, and 1 along the kernel's own axes or the
+        # extents of the filters.
+        own = ((1,) * len(inner), self.format.filter_shape(inner))
+        for axes in itertools.combinations(range(len(shape)), len(shape) - len(inner)):
+            rest = [a for a in range(len(shape)) if a not in axes]
+            stacked = all(budget.shape[a] == shape[a] for a in axes)
+            fits = tuple(shape[a] for a in rest) == inner
+            if stacked and fits and tuple(budget.shape[a] for a in rest) in own:
+                return axes
+        raise ValueError(
+            f"layer {self.path!r}: a budget of shape {budget.shape} does not fit its stacked "
+            f"kernel of shape {shape}"
+        )
 
 
 @find_layers.register(BoundModel)

@@ -27,11 +27,15 @@ from stp_jax.quant.policy import Policy
 
 
 class Budget(nnx.Variable):
-    """Terms per group of one layer, int32 scalar; change it without recompiling."""
+    """Terms per group of one layer, int32: a scalar, or one per filter (output channel).
+
+    Those by filter are shaped to broadcast against the kernel, as `WeightScale`. Values change
+    without recompiling, shapes do not.
+    """
 
 
 class RelaxedBudget(nnx.Param):
-    """Terms per group of one layer as a real number, float32 scalar, to be trained."""
+    """Terms per group of one layer as real numbers, float32, shaped as `Budget`, to be trained."""
 
 
 class WeightScale(nnx.Param):
@@ -56,6 +60,7 @@ class Quantizer(nnx.Module):
     def __init__(self, format: LayerFormat, kernel: jax.Array, promote: Callable):
         """Starts with the best scale at the budget and an uncalibrated input."""
         self.format = format
+        self.rank = kernel.ndim  # of one layer, where `nnx.vmap` stacks them
         self.promote = promote
         self.calibrating = False
         rule = format.rule
@@ -78,8 +83,10 @@ class Quantizer(nnx.Module):
         return self.activation_scale[...] if self.format.rule.stores_input_scale else None
 
     def map_stack(self, function: Callable, *arrays: jax.Array | None) -> jax.Array:
-        """``function(*arrays)``, layer by layer where `nnx.vmap` stacked quantizers."""
-        for _ in range(self.budget[...].ndim):
+        """``function(*arrays)``, the kernel first, layer by layer where `nnx.vmap` stacked them."""
+        kernel = arrays[0]
+        assert kernel is not None
+        for _ in range(kernel.ndim - self.rank):
             function = jax.vmap(function)
         return function(*arrays)
 
@@ -154,7 +161,7 @@ class NNXLayer(QuantizedLayer):
 
     @budget.setter
     def budget(self, value: jax.Array) -> None:
-        if self.is_relaxed:
+        if self.is_relaxed or value.shape != self.budget.shape:
             self.quantizer.budget = Budget(value)
         else:
             self.quantizer.budget[...] = value
@@ -164,9 +171,13 @@ class NNXLayer(QuantizedLayer):
         self.quantizer.budget = RelaxedBudget(self.budget.astype(jnp.float32))
 
     @property
-    def is_stacked(self) -> bool:
-        """Whether `nnx.vmap` stacked layers here."""
-        return self.budget.ndim > 0
+    def stack_axes(self) -> tuple[int, ...]:
+        """The first axes of the kernel, where `nnx.vmap` stacked layers."""
+        return tuple(range(self.kernel.ndim - self.quantizer.rank))
+
+    def beside_kernel(self, budget: jax.Array) -> jax.Array:
+        """The budget as it is: layers are stacked along its first axes, as the kernel's."""
+        return budget
 
     def map_stack(self, function: Callable, *arrays: jax.Array | None) -> jax.Array:
         """``function(*arrays)``, layer by layer."""

@@ -24,7 +24,7 @@ def _check_choice(name: str, value: str, choices: object) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-    """How the layers whose path matches are quantized.
+    """A rule: the quantization of all layers whose path matches.
 
     Raises:
       ValueError: an attribute is out of range, or the path is no regular expression.
@@ -78,7 +78,7 @@ class Rule:
         return self.activations in ("calibrated", "learned")
 
     def matches(self, path: str) -> bool:
-        """Whether the rule speaks of the layer at this dotted path."""
+        """Whether the rule matches the layer at this dotted path."""
         return re.fullmatch(self.path, path) is not None
 
 

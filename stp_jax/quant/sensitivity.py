@@ -1,19 +1,25 @@
-"""Sensitivity of the loss to each layer's budget, for `stp_jax.terms.allocate_budgets`."""
+"""Sensitivity of the loss to budgets by layer and filter, for `stp_jax.terms.allocate_budgets`."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from stp_jax import hooks
-from stp_jax.quant.calibration import sum_over_batches
+from stp_jax.quant.budgets import budgets, set_budgets
+from stp_jax.quant.calibration import call_model, check_batches, sum_over_batches
 from stp_jax.quant.layers import QuantizedLayer, quantized_layers
 from stp_jax.terms.projection import error_curve
+
+_LEAST = 1e-12
+
+# What has a budget of its own.
+Granularity = Literal["layer", "filter"]
 
 
 def squared_gradients(
@@ -51,6 +57,101 @@ def squared_gradients(
     return {path: value / count for path, value in total.items()}
 
 
+def output_divergences(
+    model: Any,
+    batches: Iterable[Any],
+    budget: int | Mapping[str, Any],
+    *,
+    call: Callable[[Any, Any], jax.Array] = call_model,
+) -> dict[str, float]:
+    """The divergence of the model's outputs when one layer alone is projected, layer by layer.
+
+    It is the Kullback–Leibler divergence of the softmax over the last axis, which needs no labels;
+    near the model it is half the Gauss–Newton form of the change in the outputs, through all that
+    follows the layer. The layer's scales are searched at the budget.
+
+    Args:
+      model: an STP model in evaluation mode (a Linen one with its variables), with calibrated
+        inputs and all its terms; it is not changed.
+      batches: inputs, each given to the model as its only argument. A few hundred examples do.
+      budget: terms per group, the same for all layers, or by layer path as for `set_budgets`.
+      call: how to call the model on a batch otherwise; it returns logits.
+
+    Returns:
+      Path of each layer that has a budget rule → mean divergence in nats.
+
+    Raises:
+      ValueError: there is no batch, or a budget is out of its range.
+      TypeError: batches is an array.
+    """
+    check_batches(batches)
+    state, rebuild = hooks.functional(model)
+
+    @jax.jit
+    def outputs(state: Any, batch: Any) -> jax.Array:
+        return jax.nn.log_softmax(call(rebuild(state), batch).astype(jnp.float32))
+
+    @jax.jit
+    def divergence(state: Any, batch: Any, log_p: jax.Array) -> jax.Array:
+        log_q = outputs(state, batch)
+        return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+
+    kept = list(batches)
+    if not kept:
+        raise ValueError("sensitivity needs at least one batch")
+    references = [outputs(state, batch) for batch in kept]
+    found = {}
+    for path in budgets(model):
+        changed = rebuild(state)
+        own = budget[path] if isinstance(budget, Mapping) else budget
+        set_budgets(changed, {path: own})
+        quantized_layers(changed)[path].search_scale(None)
+        new, _ = hooks.functional(changed)
+        each = [divergence(new, x, log_p) for x, log_p in zip(kept, references, strict=True)]
+        found[path] = float(np.mean(each))
+    return found
+
+
+def measured_importance(
+    model: Any,
+    batches: Iterable[Any],
+    budget: int,
+    *,
+    call: Callable[[Any, Any], jax.Array] = call_model,
+) -> dict[str, jax.Array]:
+    """Weights of the squared errors such that each layer's error is its `output_divergences`.
+
+    One weight for a whole kernel: what a unit of its squared error does to the outputs, measured at
+    one budget. It ranks layers better than a diagonal of squared gradients does, which few batches
+    leave noisy and which sees no error that others cancel.
+
+    Args:
+      model: as for `output_divergences`.
+      batches: likewise.
+      budget: terms per group at which to measure, best near the mean of what is to be allocated.
+      call: likewise.
+
+    Returns:
+      Layer path → float32 array of the kernel's shape, for `allocate` and `search_weight_scales`.
+
+    Raises:
+      ValueError: as by `output_divergences`.
+    """
+    found = {}
+    divergences = output_divergences(model, batches, budget, call=call)
+    probe = hooks.copy_model(model)
+    set_budgets(probe, dict.fromkeys(divergences, budget))
+    for path, layer in quantized_layers(probe).items():
+        weight = jnp.float32(1)
+        if path in divergences:
+            layer.search_scale(None)
+            error = jnp.sum((layer.projected() - layer.kernel).astype(jnp.float32) ** 2)
+            # A layer that the outputs do not feel keeps a little weight, to break ties by error.
+            weight = jnp.maximum(divergences[path], _LEAST) / jnp.maximum(error, _LEAST)
+        found[path] = jnp.full(layer.kernel.shape, weight, jnp.float32)
+    return found
+
+
 def _single_layers(model: Any) -> dict[str, QuantizedLayer]:
     layers = quantized_layers(model)
     for path, quantized in layers.items():
@@ -73,22 +174,29 @@ def group_counts(model: Any) -> dict[str, int]:
 
 
 def error_curves(
-    model: Any, *, importance: Mapping[str, jax.Array] | None = None
+    model: Any,
+    *,
+    importance: Mapping[str, jax.Array] | None = None,
+    by: Granularity = "layer",
 ) -> dict[str, np.ndarray]:
-    """The weighted squared error of each quantized kernel at every budget.
+    """The weighted squared error of each quantized kernel, or each filter, at every budget.
 
     Args:
       model: an STP model whose rules use the NAF and optimal projection.
       importance: layer path → weights of the squared errors, of the kernel's shape (see
         `squared_gradients`); all ones by default.
+      by: ``layer`` or ``filter``.
 
     Returns:
-      Layer path → float array ``[max_budget + 1]``, in squared weights times importance.
+      Layer path → float array ``[max_budget + 1]``, by filter ``[filters, max_budget + 1]``, in
+      squared weights times importance. Filters are in the kernel's order.
 
     Raises:
       ValueError: a rule uses another encoding or method, whose curves need not be convex, or
-        layers are stacked, or importance lacks a layer.
+        layers are stacked, or importance lacks a layer, or there is no such granularity.
     """
+    if by not in get_args(Granularity):
+        raise ValueError(f"by must be one of {', '.join(get_args(Granularity))}, got {by!r}")
     curves = {}
     layers = _single_layers(model)
     missing = [path for path in layers if path not in (importance or layers)]
@@ -98,7 +206,13 @@ def error_curves(
         rule, kernel = quantized.rule, quantized.kernel
         if not rule.format.has_error_curve:
             raise ValueError(f"layer {path!r}: error curves are for encoding naf, method optimal")
-        shape, axis = rule.format.layout(quantized.format.axes.groups).merged(kernel.shape)
+        axes = quantized.format.axes
+        shape, axis = rule.format.layout(axes.groups).merged(kernel.shape)
+        # Axes behind the reduction moved to the front when its axes were merged.
+        merged = len(axes.groups) - 1
+        apart = tuple(
+            a if a < axis else a - merged for a in range(kernel.ndim) if a not in axes.scale
+        )
         scale = quantized.scale
         weights = jnp.broadcast_to(scale**2, kernel.shape)
         if importance is not None:
@@ -110,6 +224,9 @@ def error_curves(
             bits=rule.bits,
             limit=rule.format.largest,
             importance=weights.reshape(shape),
+            apart=apart if by == "filter" else (),
         )
-        curves[path] = np.asarray(curve)
+        curves[path] = np.asarray(curve).reshape(
+            *((-1,) if by == "filter" else ()), curve.shape[-1]
+        )
     return curves

@@ -1,17 +1,23 @@
-"""Allocation of a total cost to layer-wise term budgets.
+"""Allocation of a total cost to term budgets by layer or by filter.
 
-Each layer has an error curve over its budget (`error_curve`, weighted by the layer's sensitivity)
-and a cost per term of budget: groups for a total of terms, or cycles or energy of one more term as
-the accelerator model counts them. Where the curves are convex, as for the NAF, spending on the
-largest gain per cost first is optimal: one water level cuts all curves.
+Each layer, or each of its filters, has an error curve over its budget (`error_curve`, weighted by
+its sensitivity) and a cost per term of budget: groups for a total of terms, or cycles or energy of
+one more term as the accelerator model counts them. Where the curves are convex, as for the NAF,
+spending on the largest gain per cost first is optimal: one water level cuts all curves.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+
+Curve = Sequence[float] | np.ndarray
+
+# What rounding may add up to over all terms, as a fraction of the total.
+_ROUNDING = 1e-10
 
 
 def _check(curves, costs, total, minimum) -> None:
@@ -23,16 +29,26 @@ def _check(curves, costs, total, minimum) -> None:
     if not np.isfinite(total):
         raise ValueError(f"the total must be a finite number, got {total}")
     for name, cost in costs.items():
-        if not 0 < cost < np.inf:
+        if np.ndim(cost) and np.shape(cost) != np.shape(curves[name])[:-1]:
+            raise ValueError(
+                f"layer {name!r}: costs of shape {np.shape(cost)} for curves of shape "
+                f"{np.shape(curves[name])}"
+            )
+        if not ((np.asarray(cost) > 0) & (np.asarray(cost) < np.inf)).all():
             raise ValueError(f"layer {name!r}: the cost of a term must be positive, got {cost}")
+        if np.ndim(curves[name]) not in (1, 2):
+            raise ValueError(
+                f"layer {name!r}: curves are [budgets] or [filters, budgets], got "
+                f"{np.shape(curves[name])}"
+            )
         if not np.isfinite(curves[name]).all():
             raise ValueError(f"layer {name!r}: its error curve is not finite: {curves[name]}")
-        if not 0 <= minimum < len(curves[name]):
+        most = np.shape(curves[name])[-1] - 1
+        if not 0 <= minimum <= most:
             raise ValueError(
-                f"layer {name!r}: minimum {minimum} is outside its budgets "
-                f"[0, {len(curves[name]) - 1}]"
+                f"layer {name!r}: minimum {minimum} is outside its budgets [0, {most}]"
             )
-    floor = sum(minimum * cost for cost in costs.values())
+    floor = sum(minimum * float(np.sum(cost)) for cost in costs.values())
     if total < floor:
         raise ValueError(
             f"a total of {total:g} does not reach the minimum budget {minimum} of every layer, "
@@ -40,77 +56,106 @@ def _check(curves, costs, total, minimum) -> None:
         )
 
 
+def _water_level(
+    gains: list[np.ndarray], costs: np.ndarray, left: float, slack: float
+) -> list[int]:
+    """Terms taken of each curve: the largest gain per cost first, while they last.
+
+    Args:
+      gains: per unit of cost, of each further term; a row per curve.
+      costs: of a term of each curve.
+      left: what they may cost together, and ``slack`` more.
+      slack: for rounding.
+    """
+    taken = [0] * len(gains)
+    # Entries are (−gain per cost, index): ties go to the curve named first.
+    queue = [(-float(row[0]), i) for i, row in enumerate(gains) if len(row)]
+    heapq.heapify(queue)
+    price = costs.tolist()
+    while queue:
+        negative, i = heapq.heappop(queue)
+        if negative >= 0 or price[i] > left + slack:
+            continue
+        taken[i] += 1
+        left -= price[i]
+        if taken[i] < len(gains[i]):
+            heapq.heappush(queue, (-float(gains[i][taken[i]]), i))
+    return taken
+
+
 def allocate_budgets(
-    curves: Mapping[str, Sequence[float] | np.ndarray],
-    costs: Mapping[str, float],
+    curves: Mapping[str, Curve],
+    costs: Mapping[str, float | np.ndarray],
     total: float,
     *,
     minimum: int = 1,
-) -> dict[str, int]:
-    """Chooses each layer's budget so that the summed error is least within a total cost.
+) -> dict[str, Any]:
+    """Chooses each layer's or filter's budget so that the summed error is least within a cost.
 
     Args:
-      curves: layer → error at budget 0, 1, …, non-increasing (see `error_curve`).
-      costs: layer → cost of one more term in each of its groups (groups, cycles or pJ).
+      curves: layer → error at budget 0, 1, …, non-increasing (see `error_curve`); or, for budgets
+        by filter, an array ``[filters, budgets]``. Layers may be of either kind.
+      costs: layer → cost of one more term in each of its groups (groups, cycles or pJ), of which
+        its filters take equal shares; or an array ``[filters]`` of each one's own.
       total: the cost that all layers may take together, in the unit of ``costs``.
-      minimum: the least budget of a layer. 0 lets a layer vanish.
+      minimum: the least budget of a layer or filter. 0 lets it vanish.
 
     Returns:
-      layer → terms per group. Where the curves are convex, no allocation of the same or less cost
-      has a smaller error; a layer whose next term would exceed the total stops there, and cheaper
-      layers may go on.
+      layer → terms per group, an integer or an int32 array ``[filters]``. Where the curves are
+      convex, no allocation of the same or less cost has a smaller error, but for what is left of
+      the total: a curve whose next term would exceed it stops there, and cheaper ones may go on.
 
     Raises:
-      ValueError: curves and costs differ in their layers, a curve or the total is not finite, a
-        cost is not positive, or the total does not reach the minimum budgets.
+      ValueError: curves and costs differ in their layers or shapes, a curve or the total is not
+        finite, a cost is not positive, or the total does not reach the minimum budgets.
 
     >>> allocate_budgets({"a": [9, 4, 1, 0], "b": [5, 1, 0, 0]}, {"a": 1, "b": 1}, 3)
     {'a': 2, 'b': 1}
+    >>> by_filter = {"a": np.array([[9, 4, 1, 0], [5, 1, 0, 0]])}
+    >>> allocate_budgets(by_filter, {"a": 2}, 3)["a"].tolist()
+    [2, 1]
     """
     _check(curves, costs, total, minimum)
-    budgets = dict.fromkeys(curves, minimum)
-    left = total - sum(minimum * cost for cost in costs.values())
-
-    def gain(name: str) -> float:
-        k = budgets[name]
-        return float(curves[name][k] - curves[name][k + 1]) / costs[name]
-
-    def growing(name: str) -> bool:
-        return budgets[name] + 1 < len(curves[name])
-
-    # Entries are (−gain per cost, order of the layers, name): ties go to the layer named first.
-    queue = [(-gain(name), i, name) for i, name in enumerate(curves) if growing(name)]
-    heapq.heapify(queue)
-    while queue:
-        negative, order, name = heapq.heappop(queue)
-        if negative >= 0 or costs[name] > left * (1 + 1e-12):
-            continue
-        budgets[name] += 1
-        left -= costs[name]
-        if growing(name):
-            heapq.heappush(queue, (-gain(name), order, name))
+    rows = {name: np.atleast_2d(np.asarray(curve)) for name, curve in curves.items()}
+    prices = {
+        name: np.full(len(row), float(costs[name]) / len(row))
+        if np.ndim(costs[name]) == 0
+        else np.asarray(costs[name], np.float64)
+        for name, row in rows.items()
+    }
+    gains: list[np.ndarray] = []
+    for name, row in rows.items():
+        rest = row[:, minimum:]
+        gains += list((rest[:, :-1] - rest[:, 1:]).astype(np.float64) / prices[name][:, None])
+    left = total - sum(minimum * float(price.sum()) for price in prices.values())
+    every = np.concatenate([np.zeros(0), *prices.values()])
+    taken = iter(_water_level(gains, every, left, _ROUNDING * abs(total)))
+    budgets: dict[str, Any] = {}
+    for name, row in rows.items():
+        found = minimum + np.array([next(taken) for _ in row], np.int32)
+        budgets[name] = found if np.ndim(curves[name]) == 2 else int(found[0])
     return budgets
 
 
 def round_budgets(
-    relaxed: Mapping[str, float],
-    costs: Mapping[str, float],
+    relaxed: Mapping[str, float | np.ndarray],
+    costs: Mapping[str, float | np.ndarray],
     total: float,
     *,
     largest: int,
     minimum: int = 1,
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """The whole budgets nearest to relaxed ones, in summed squares, within a total cost.
 
     Args:
-      relaxed: layer → real terms per group.
-      costs: layer → cost of one more term in each of its groups.
+      relaxed: layer → real terms per group, one number or ``[filters]`` of them.
+      costs: as for `allocate_budgets`.
       total: the cost that all layers may take together, in the unit of ``costs``.
       largest: the most terms that a group can need.
-      minimum: the least budget of a layer.
+      minimum: the least budget of a layer or filter.
 
     Returns:
-      layer → terms per group.
+      layer → terms per group, an integer or an int32 array ``[filters]``.
 
     Raises:
       ValueError: as by `allocate_budgets`.
@@ -118,5 +163,8 @@ def round_budgets(
     >>> round_budgets({"a": 2.6, "b": 3.4}, {"a": 1, "b": 1}, 6, largest=8)
     {'a': 3, 'b': 3}
     """
-    curves = {name: (np.arange(largest + 1) - float(k)) ** 2 for name, k in relaxed.items()}
+    curves = {
+        name: (np.arange(largest + 1) - np.asarray(k, np.float64)[..., None]) ** 2
+        for name, k in relaxed.items()
+    }
     return allocate_budgets(curves, costs, total, minimum=minimum)

@@ -53,7 +53,7 @@ def _project_compensated(w, scale, gram, budget, damping, fmt: WeightFormat):
         integers = project(
             group / scale,
             group_size=size,
-            budget=budget,
+            budget=budget[None] if budget.ndim else budget,
             axis=0,
             method=fmt.method,
             encoding=fmt.encoding,
@@ -86,7 +86,8 @@ def project_compensated(
       scale: positive, ``[outputs]``; output o computes with ``scale[o]`` times integers.
       gram: X'X of the layer's inputs, ``[groups * group_size] * 2``, rows in the order of w; zeros
         for padding.
-      budget: terms per group, an integer in [0, fmt.max_budget]; may be traced.
+      budget: terms per group, an integer in [0, fmt.max_budget] or ``[outputs]`` of them; may be
+        traced.
       fmt: the weight format; its groups are those of w.
       damping: added to the gram's diagonal, as a fraction of its mean; more of it compensates less.
 
@@ -108,6 +109,8 @@ def project_compensated(
         raise ValueError(f"damping must be positive, got {damping}")
     fmt.check_budget(budget)
     budget = jnp.asarray(budget, jnp.int32)
+    if budget.shape not in ((), (outputs,)):
+        raise ValueError(f"budget must be one or {(outputs,)}, got {budget.shape}")
     f32 = jnp.float32
     return _project_compensated(
         w.astype(f32), scale.astype(f32), gram.astype(f32), budget, f32(damping), fmt

@@ -170,13 +170,15 @@ def as_wide_integers(x: object) -> np.ndarray | None:
     """Integers that are no JAX arrays yet, which would lose what lies above 32 bits; else None.
 
     Raises:
-      TypeError: x is text.
+      TypeError: x holds text or other objects.
     """
     if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x)):
         return None
     array = np.asarray(x)
     if array.dtype.kind in "SU":  # JAX would take it for the name of a type
         raise TypeError(f"expected numbers, got {x!r}")
+    if array.dtype.kind == "O":
+        raise TypeError(f"expected an array of numbers, got one of Python objects: {x!r}")
     return array if array.dtype.kind in "iu" else None
 
 

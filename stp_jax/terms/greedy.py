@@ -37,7 +37,7 @@ def _reveal_terms(groups, budget, encoding: Encoding, bits: int, limit: int) -> 
         left = left - jnp.sum(jnp.abs(kept), axis=1, keepdims=True)
         return value + (kept << e), left
 
-    left = jnp.full((groups.shape[0], 1, groups.shape[2]), 1, jnp.int32) * budget
+    left = jnp.broadcast_to(budget, (groups.shape[0], 1, groups.shape[2]))
     value, _ = jax.lax.fori_loop(0, num_digits(encoding, bits), take, (jnp.zeros_like(q), left))
     if limit < top:  # 127 truncated to its first term is 128; the nearest storable term is 64
         value = jnp.where(jnp.abs(value) == top, jnp.sign(value) * (top // 2), value)

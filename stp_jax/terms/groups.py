@@ -83,10 +83,15 @@ class GroupLayout:
         first, last = axes[0], axes[-1] + 1
         return (*shape[:first], math.prod(shape[first:last]), *shape[last:]), first
 
+    def along(self, shape: tuple[int, ...]) -> int:
+        """The number of groups along the reduction of an array of this shape."""
+        shape, axis = self.merged(shape)
+        return group_count(shape[axis], self.size)
+
     def count(self, shape: tuple[int, ...]) -> int:
         """The number of groups in an array of this shape."""
-        shape, axis = self.merged(shape)
-        return group_count(shape[axis], self.size) * math.prod(shape[:axis] + shape[axis + 1 :])
+        merged, axis = self.merged(shape)
+        return self.along(shape) * math.prod(merged[:axis] + merged[axis + 1 :])
 
     def pad(self, x: Array) -> Array:
         """x with the axes merged and filled up with zeros to whole groups."""
@@ -136,6 +141,27 @@ class GroupLayout:
             x = along.join(groups, (1, length, after * before))
             return jnp.moveaxis(x.reshape(length, after, before), 2, 0).reshape(shape)
         return along.join(groups, (before, length, after)).reshape(shape)
+
+    def merge_shared(self, x: jax.Array) -> jax.Array:
+        """What the reduction shares, of size 1 along it, with the layout's axes merged."""
+        return x.reshape(self.merged(x.shape)[0])
+
+    def cut_shared(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """What all members of a group share, ``[n, 1, m]``, as `cut` lays the groups out.
+
+        Args:
+          x: with the axes of the array, each 1 or equal, and 1 along the reduction.
+          shape: of the array.
+        """
+        merged, axis = self.merged(shape)
+        x = jnp.broadcast_to(self.merge_shared(x), (*merged[:axis], 1, *merged[axis + 1 :]))
+        before, _, after = self._rows(shape)
+        x = x.reshape(before, 1, after)
+        if after < _MIN_LANES:
+            x = jnp.moveaxis(x, 0, 2).reshape(1, 1, -1)
+        before, _, after = x.shape
+        x = jnp.broadcast_to(x[:, None], (before, self.along(shape), 1, after))
+        return x.reshape(-1, 1, after)
 
     def _rows(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Extents before, along and behind the reduction."""

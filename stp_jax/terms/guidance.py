@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -67,12 +68,14 @@ def guide(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def budget_schedule(start: int, end: int, steps: int, *, warmup: int = 0) -> optax.Schedule:
-    """A term budget that falls linearly from start to end, as an int32 scalar per step.
+def budget_schedule(
+    start: int, end: int | np.ndarray, steps: int, *, warmup: int = 0
+) -> optax.Schedule:
+    """A term budget that falls linearly from start to end, as int32 of end's shape per step.
 
     Args:
       start: terms per group up to step ``warmup``.
-      end: terms per group from step ``warmup + steps`` on.
+      end: terms per group from step ``warmup + steps`` on; an integer, or an array by filter.
       steps: how many steps the fall takes, 1 or more.
       warmup: steps before it begins.
 
@@ -82,13 +85,13 @@ def budget_schedule(start: int, end: int, steps: int, *, warmup: int = 0) -> opt
     >>> [int(budget_schedule(32, 8, 3)(step)) for step in range(5)]
     [32, 24, 16, 8, 8]
     """
-    if start < 0 or end < 0:
+    if start < 0 or np.min(end) < 0:
         raise ValueError(f"budgets must be 0 or more, got start={start}, end={end}")
     if steps < 1:
         raise ValueError(f"steps must be 1 or more, got {steps}")
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         fraction = jnp.clip((jnp.asarray(step, jnp.float32) - warmup) / steps, 0.0, 1.0)
-        return jnp.round(start + (end - start) * fraction).astype(jnp.int32)
+        return jnp.round(start + np.asarray(end - start, np.float32) * fraction).astype(jnp.int32)
 
     return schedule

@@ -41,7 +41,7 @@ _MARGIN = 1e-3
 
 
 class LatticePoints(NamedTuple):
-    """What the search found for every output."""
+    """Result of the search, for every output."""
 
     values: jax.Array  # int32 [outputs, group_size]
     cost: jax.Array  # float32 [outputs], (u - v)' A (u - v)
@@ -137,6 +137,7 @@ def _search(target, curvature, budget, fmt: WeightFormat, beam: int, neighbours:
     diagonal = _diagonal_part(curvature)
     factor = _lower_factor(curvature - jnp.diag(diagonal))
     completions = _completions(target, diagonal, fmt)
+    budget = jnp.broadcast_to(budget, (outputs,))[:, None, None]
     table = _candidates(neighbours, fmt.encoding, fmt.bits, fmt.largest)
     columns = len(table.terms)
 
@@ -231,7 +232,7 @@ def diagonal_projection(
     return project(
         target,
         group_size=fmt.group_size,
-        budget=budget,
+        budget=budget[:, None] if budget.ndim else budget,
         axis=1,
         encoding=fmt.encoding,
         bits=fmt.bits,
@@ -266,7 +267,8 @@ def nearest_points(
     Args:
       target: u, float ``[outputs, fmt.group_size]`` in integer units; one group for each output.
       curvature: A, symmetric positive definite ``[fmt.group_size] * 2``, common to all outputs.
-      budget: terms per group, an integer in [0, fmt.max_budget]; may be traced.
+      budget: terms per group, an integer in [0, fmt.max_budget] or ``[outputs]`` of them; may be
+        traced.
       fmt: the weight format; its method must be ``optimal``.
       beam: K, the partial decisions that survive each member.
       neighbours: how many values of each number of terms a member tries, nearest first. With
@@ -293,4 +295,6 @@ def nearest_points(
         raise ValueError(f"curvature must be {(size, size)}, got {curvature.shape}")
     fmt.check_budget(budget)
     budget = jnp.asarray(budget, jnp.int32)
+    if budget.shape not in ((), target.shape[:1]):
+        raise ValueError(f"budget must be one or {target.shape[:1]}, got {budget.shape}")
     return _nearest_points(target, curvature, budget, fmt=fmt, beam=beam, neighbours=neighbours)

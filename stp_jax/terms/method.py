@@ -28,8 +28,8 @@ class GroupRule(Protocol):
 
         Args:
           groups: float32 ``[n, group_size, m]``, already clipped to the limit; n * m groups.
-          budget: int32 scalar, traced. At `max_budget` integers must be the rounded weights; see
-            `few_terms`.
+          budget: int32, traced: a scalar, or ``[n, 1, m]`` where groups have budgets of their own.
+            At `max_budget` integers must be the rounded weights; see `few_terms`.
           importance: float32 weights of the squared errors, of the groups' shape, or None.
           encoding: how terms are counted.
           bits: width of the integers.
@@ -85,4 +85,7 @@ def few_terms(
     """``project(groups)``, or the rounded groups where the budget holds all terms of any values."""
     enough = budget >= groups.shape[1] * max_terms(encoding, bits)
     rounded = lambda groups: jnp.round(groups).astype(jnp.int32)  # noqa: E731
-    return jax.lax.cond(enough, rounded, project, groups)
+    if not budget.ndim:
+        return jax.lax.cond(enough, rounded, project, groups)
+    mixed = lambda groups: jnp.where(enough, rounded(groups), project(groups))  # noqa: E731
+    return jax.lax.cond(jnp.all(enough), rounded, mixed, groups)

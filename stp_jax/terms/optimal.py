@@ -97,12 +97,17 @@ def _pursuit(w, budget, importance, encoding: Encoding, bits: int, storable: boo
     # At the largest budget rounding is all there is to do. The loop's condition says so, not a
     # branch around it: within one, XLA's loop took nearly twice as long on CPUs.
     enough = budget >= w.shape[1] * max_terms(encoding, bits)
+    largest = jnp.max(jnp.where(enough, 0, budget))
 
     def more(state: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return (state[0] < budget) & ~enough
+        return state[0] < largest
 
     def spend(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return state[0] + 1, step(state[1])[0]
+        spent, residual = state
+        nearer, _ = step(residual)
+        if budget.ndim:  # groups whose budget is spent wait for the others
+            nearer = jnp.where(spent < budget, nearer, residual)
+        return spent + 1, nearer
 
     _, residual = jax.lax.while_loop(more, spend, (jnp.int32(0), w))
     # What is not left over is the sum of the terms, a whole number but for float32's rounding.
@@ -112,7 +117,10 @@ def _pursuit(w, budget, importance, encoding: Encoding, bits: int, storable: boo
 def _dynamic_programme(
     w, budget, importance, encoding: Encoding, bits: int, limit: int
 ) -> jax.Array:
-    """Least error by dynamic programming over the members of one row of groups, w [g, m]."""
+    """Least error by dynamic programming over the members of one row of groups, w [g, m].
+
+    The budget is a scalar or ``[1, m]``.
+    """
     most = max_terms(encoding, bits)
     size, lanes = w.shape
     states = size * most + 1  # terms that members so far may have spent
@@ -143,7 +151,7 @@ def _dynamic_programme(
         value = jnp.take_along_axis(choice, terms, axis=0)
         return left - terms[0], value[0]
 
-    left = jnp.full((lanes,), 1, jnp.int32) * jnp.minimum(budget, states - 1)
+    left = jnp.broadcast_to(jnp.minimum(budget, states - 1).reshape(-1), (lanes,))
     _, values = jax.lax.scan(read_member, left, (taken, choices), reverse=True)
     return values.astype(jnp.int32)
 
@@ -154,9 +162,12 @@ def _project_groups(groups, budget, importance, encoding: Encoding, bits: int, l
 
     def by_row(groups: jax.Array) -> jax.Array:
         # Row by row, since the programme's tables are much larger than the weights.
+        own = budget if budget.ndim else None
         return jax.lax.map(
-            lambda row: _dynamic_programme(row[0], budget, row[1], encoding, bits, limit),
-            (groups, importance),
+            lambda row: _dynamic_programme(
+                row[0], budget if row[2] is None else row[2], row[1], encoding, bits, limit
+            ),
+            (groups, importance, own),
         )
 
     return few_terms(groups, budget, encoding, bits, by_row)

@@ -2,7 +2,7 @@
 
 The budget is structured as in STP (Huang et al., IEEE TCAD 42(1), 2023): g weights that follow each
 other along the reduction axis share k terms, so that a group takes k cycles of one processing
-element whatever its values are.
+element whatever its values are. k may differ from output channel to output channel.
 
 ``greedy`` is term revealing (Kung, McDanel and Zhang, SC20): it truncates the group's terms.
 ``optimal`` is the least squared error over every choice of values that fits the budget.
@@ -46,23 +46,46 @@ def max_budget(group_size: int, encoding: Encoding = "naf", bits: int = 8) -> in
 
 
 def check_budget(budget: object, group_size: int, encoding: Encoding, bits: int) -> None:
-    """Raises unless a concrete budget is an integer in [0, max_budget]; traced ones pass."""
+    """Raises unless budgets are integers and, if concrete, all of them in [0, max_budget]."""
     if isinstance(budget, jax.core.Tracer):
-        if not jnp.issubdtype(budget.dtype, jnp.integer) or budget.ndim:
-            raise TypeError(
-                f"a budget is one integer, got {budget.dtype}{budget.shape}; "
-                "use vmap for several budgets"
-            )
+        if not jnp.issubdtype(budget.dtype, jnp.integer):
+            raise TypeError(f"budgets are integers, got {budget.dtype}")
         return
     value = np.asarray(budget)
-    if value.ndim or not np.issubdtype(value.dtype, np.integer):
-        raise TypeError(f"a budget is one integer, got {budget!r}; use vmap for several budgets")
+    if not np.issubdtype(value.dtype, np.integer):
+        raise TypeError(f"budgets are integers, got {budget!r}")
     top = max_budget(group_size, encoding, bits)
-    if not 0 <= int(value) <= top:
+    outside = value[(value < 0) | (value > top)]
+    if outside.size:
         raise ValueError(
-            f"budget {int(value)} is outside [0, {top}]: a group of {group_size} {encoding} values "
-            f"of {bits} bits has at most {top} terms"
+            f"budget {int(outside[0])} is outside [0, {top}]: a group of {group_size} {encoding} "
+            f"values of {bits} bits has at most {top} terms"
         )
+
+
+def align_budget(
+    budget: jax.typing.ArrayLike, shape: tuple[int, ...], axes: tuple[int, ...]
+) -> jax.Array:
+    """One budget as a scalar; several with the axes of the weights, of size 1 along the reduction.
+
+    Args:
+      budget: an array that broadcasts to the weights.
+      shape: of the weights.
+      axes: the reduction.
+
+    Raises:
+      ValueError: the budgets do not broadcast to the weights, or differ along the reduction.
+    """
+    budget = jnp.asarray(budget)
+    if not budget.ndim:
+        return budget
+    apart = tuple(1 if a in axes or a - len(shape) in axes else n for a, n in enumerate(shape))
+    if not broadcasts_to(budget.shape, apart):
+        raise ValueError(
+            f"budgets of shape {budget.shape} do not broadcast to {apart}, weights of shape "
+            f"{shape} with one budget along the reduction; use vmap for several sets of budgets"
+        )
+    return budget.reshape((1,) * (len(shape) - budget.ndim) + budget.shape)
 
 
 def check_method(method: str, encoding: Encoding) -> None:
@@ -146,6 +169,8 @@ def _project(w, budget, importance, *, group_size, axis, method, encoding, bits,
     groups = layout.cut(jnp.clip(w.astype(jnp.float32), -bound, bound))
     if importance is not None:
         importance = layout.cut(jnp.broadcast_to(importance, w.shape).astype(jnp.float32))
+    if budget.ndim:
+        budget = layout.cut_shared(budget, w.shape)
     values = METHODS[method].groups(groups, budget, importance, encoding, bits, bound)
     return layout.uncut(values, w.shape)
 
@@ -169,8 +194,9 @@ def project(
         float64 is computed in float32. ``greedy`` rounds to integers first, ``optimal`` does not.
       group_size: weights that share a budget; they follow each other along ``axis``. A ragged
         last group keeps the same budget.
-      budget: terms per group, an integer from 0 to `max_budget`, which is plain rounding; may be
-        traced.
+      budget: terms per group, an integer from 0 to `max_budget`, which is plain rounding; or an
+        array of them that broadcasts to ``w`` with size 1 along ``axis``, such as one per output
+        channel. May be traced.
       axis: the reduction axis, along which groups lie.
       method: ``optimal`` (least squared error) or ``greedy`` (term revealing, SC20), which keeps
         the largest terms of each value and is not for ``booth4``; or a name added to `METHODS`.
@@ -186,19 +212,21 @@ def project(
       int32 of the shape of ``w``.
 
     Raises:
-      ValueError: an argument is out of range or weights are NaN; concrete values are checked,
-        traced ones cannot be.
-      TypeError: complex or boolean weights, an axis or a budget that is not one integer.
+      ValueError: an argument is out of range or weights are NaN (concrete values are checked,
+        traced ones cannot be), or the shape of importance or budget does not fit.
+      TypeError: complex or boolean weights, an axis that is no integer, or budgets that are none.
 
     >>> project([11, 5, 3, 1], group_size=4, budget=4, axis=0, method="greedy").tolist()
     [12, 4, 4, 0]
+    >>> project([[11, 11], [5, 5]], group_size=2, budget=[1, 3], axis=0).tolist()
+    [[8, 12], [0, 4]]
     """
     w = _as_weights(w)
     axis = _check_arguments(w, group_size, axis, method, encoding, bits, limit, importance)
     check_budget(budget, group_size, encoding, bits)
+    budget = align_budget(budget, w.shape, (axis,)).astype(jnp.int32)
     if w.size == 0:
         return jnp.zeros(w.shape, jnp.int32)
-    budget = jnp.asarray(budget, jnp.int32)
     return _project(
         w,
         budget,
@@ -212,8 +240,8 @@ def project(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "axis", "bits", "limit"))
-def _error_curve(w, importance, *, group_size, axis, bits, limit):
+@functools.partial(jax.jit, static_argnames=("group_size", "axis", "bits", "limit", "apart"))
+def _error_curve(w, importance, *, group_size, axis, bits, limit, apart):
     top = 1 << (bits - 1)
     bound = top if limit is None else limit
     clipped = jnp.clip(w.astype(jnp.float32), -bound, bound)
@@ -223,15 +251,24 @@ def _error_curve(w, importance, *, group_size, axis, bits, limit):
         importance = layout.cut(jnp.broadcast_to(importance, w.shape).astype(jnp.float32))
     step = pursue(groups, importance, bits, bound < top)
 
+    def total(x: jax.Array) -> jax.Array:
+        if not apart:
+            return jnp.sum(x)
+        along = (*w.shape[:axis], layout.along(w.shape), *w.shape[axis + 1 :])
+        by_group = GroupLayout(1, (axis,)).uncut(jnp.sum(x, axis=1, keepdims=True), along)
+        others = tuple(a for a in range(w.ndim) if a not in apart)
+        return jnp.sum(by_group, axis=others)
+
     def spend(residual, _):
         residual, gain = step(residual)
-        return residual, jnp.sum(gain)
+        return residual, total(gain)
 
     residual, gains = jax.lax.scan(spend, groups, length=max_budget(group_size, "naf", bits))
     left = residual**2 if importance is None else importance * residual**2
     # Summed from the far end, so that the small errors at large budgets keep their digits.
-    steps = jnp.concatenate([gains, jnp.sum(left)[None]])
-    return jnp.cumsum(steps[::-1])[::-1]
+    steps = jnp.concatenate([gains, total(left)[None]])
+    curves = jnp.cumsum(steps[::-1], axis=0)[::-1]
+    return jnp.moveaxis(curves, 0, -1)
 
 
 def error_curve(
@@ -242,6 +279,7 @@ def error_curve(
     bits: int = 8,
     limit: int | None = None,
     importance: jax.typing.ArrayLike | None = None,
+    apart: tuple[int, ...] = (),
 ) -> jax.Array:
     """The summed squared error of `project` (optimal, NAF) at every budget, in one pass.
 
@@ -249,12 +287,25 @@ def error_curve(
 
     Args:
       w, group_size, axis, bits, limit, importance: as for `project`.
+      apart: axes whose entries have a curve each, such as that of the output channels; never the
+        reduction.
 
     Returns:
-      float32 of shape ``[max_budget(group_size, "naf", bits) + 1]`` in squared integer units;
-      entry k is the error at budget k, measured from the weights clipped to the range.
+      float32 of shape ``[*extents of apart, max_budget(group_size, "naf", bits) + 1]`` in squared
+      integer units; entry k is the error at budget k, measured from the weights clipped to the
+      range.
+
+    Raises:
+      ValueError: as by `project`, or apart has the reduction.
     """
     w = _as_weights(w)
     axis = _check_arguments(w, group_size, axis, "optimal", "naf", bits, limit, importance)
+    for each in apart:
+        check_axis(each, w.shape)
+    apart = tuple(sorted({a % w.ndim for a in apart}))
+    if axis in apart:
+        raise ValueError(f"a curve sums over the reduction, axis {axis}; it cannot be kept apart")
     importance = None if importance is None else jnp.asarray(importance)
-    return _error_curve(w, importance, group_size=group_size, axis=axis, bits=bits, limit=limit)
+    return _error_curve(
+        w, importance, group_size=group_size, axis=axis, bits=bits, limit=limit, apart=apart
+    )

@@ -26,6 +26,7 @@ from stp_jax.terms.encodings import ENCODINGS, Encoding, check_encoding
 from stp_jax.terms.groups import GroupLayout, check_group_size
 from stp_jax.terms.projection import (
     Method,
+    align_budget,
     broadcasts_to,
     check_budget,
     check_method,
@@ -36,7 +37,7 @@ from stp_jax.terms.projection import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightFormat:
-    """What a quantized weight tensor may hold; all of it static.
+    """The set of values of a quantized weight tensor; all fields are static.
 
     Raises:
       ValueError: an attribute is out of range.
@@ -74,17 +75,35 @@ class WeightFormat:
         return GroupLayout(self.group_size, axes)
 
     def check_budget(self, budget: object) -> None:
-        """Raises unless budget is an integer in [0, max_budget] or traced."""
+        """Raises unless budgets are integers and, where not traced, in [0, max_budget]."""
         check_budget(budget, self.group_size, self.encoding, self.bits)
+
+    def aligned_budget(
+        self, budget: jax.typing.ArrayLike, shape: tuple[int, ...], axes: tuple[int, ...]
+    ) -> jax.Array:
+        """Checked terms per group, int32: a scalar, or with the axes of weights of this shape.
+
+        Args:
+          budget: an integer, or an array that broadcasts to the weights with size 1 along ``axes``.
+          shape: of the weights.
+          axes: the reduction.
+
+        Raises:
+          ValueError: a budget is outside [0, max_budget], or the shapes do not fit.
+          TypeError: budgets are not integers.
+        """
+        self.check_budget(budget)
+        return align_budget(budget, shape, axes).astype(jnp.int32)
 
 
 def _integers(u: jax.Array, budget: jax.Array, axes: tuple[int, ...], fmt: WeightFormat):
     """The integers nearest to u that fit the budget, float32."""
-    shape, axis = fmt.layout(axes).merged(u.shape)
+    layout = fmt.layout(axes)
+    shape, axis = layout.merged(u.shape)
     v = project(
         u.reshape(shape),
         group_size=fmt.group_size,
-        budget=budget,
+        budget=layout.merge_shared(budget) if budget.ndim else budget,
         axis=axis,
         method=fmt.method,
         encoding=fmt.encoding,
@@ -112,7 +131,8 @@ def project_scaled(
     Args:
       w: float weights, any shape.
       scale: positive, broadcastable to w with the same number of axes.
-      budget: terms per group, integer; may be traced.
+      budget: terms per group, an integer, or an array that broadcasts to w with size 1 along axes,
+        such as one per output channel; may be traced.
       axes: the adjacent axes along which groups lie, flattened in order.
       fmt: the weight format.
 
@@ -120,10 +140,10 @@ def project_scaled(
       int32 of the shape of w.
 
     Raises:
-      ValueError: a budget outside [0, fmt.max_budget], or axes that are not adjacent.
+      ValueError: a budget outside [0, fmt.max_budget] or of a shape that does not fit, or axes
+        that are not adjacent.
     """
-    fmt.check_budget(budget)
-    return _project_scaled(w, scale, jnp.asarray(budget, jnp.int32), axes, fmt)
+    return _project_scaled(w, scale, fmt.aligned_budget(budget, w.shape, axes), axes, fmt)
 
 
 def scale_cotangent(
@@ -181,7 +201,8 @@ def quantize_weights(
     Args:
       w: float weights of any shape; computed in float32.
       scale: positive float, as many axes as w, each 1 or equal.
-      budget: terms per group, an integer in [0, fmt.max_budget]; may be traced.
+      budget: terms per group, an integer in [0, fmt.max_budget], or an array of them that
+        broadcasts to w with size 1 along axes, such as one per output channel; may be traced.
       axes: the adjacent axes along which groups lie (the reduction axis), flattened in order.
       fmt: group size, encoding, method and width.
 
@@ -189,11 +210,10 @@ def quantize_weights(
       The shape and dtype of w.
 
     Raises:
-      ValueError: scale or axes do not fit w, or the budget is out of range.
+      ValueError: scale, axes or budget do not fit w, or the budget is out of range.
     """
     check_scale(w, scale)
-    fmt.check_budget(budget)
-    budget = jnp.asarray(budget, jnp.int32)
+    budget = fmt.aligned_budget(budget, w.shape, axes)
     q = _quantize_weights(w.astype(jnp.float32), scale.astype(jnp.float32), budget, axes, fmt)
     return q.astype(w.dtype)
 
@@ -215,8 +235,9 @@ def quantize_weights_relaxed(
     Args:
       w: as for `quantize_weights`, as are the others.
       scale: positive float.
-      budget: terms per group, a real scalar; below 0 and above fmt.max_budget the nearest of them
-        counts, with a gradient of 0.
+      budget: terms per group, a real number or an array of them that broadcasts to w with size 1
+        along axes; below 0 and above fmt.max_budget the nearest of them counts, with a gradient
+        of 0.
       axes: the adjacent axes along which groups lie.
       fmt: the weight format.
 
@@ -224,9 +245,10 @@ def quantize_weights_relaxed(
       The shape and dtype of w; differentiable in w, scale and budget.
 
     Raises:
-      ValueError: scale or axes do not fit w.
+      ValueError: scale, axes or budget do not fit w.
     """
-    budget = jnp.clip(jnp.asarray(budget, jnp.float32), 0, fmt.max_budget)
+    budget = align_budget(jnp.asarray(budget, jnp.float32), w.shape, axes)
+    budget = jnp.clip(budget, 0, fmt.max_budget)
     whole = jnp.minimum(jnp.floor(jax.lax.stop_gradient(budget)), fmt.max_budget - 1)
     fewer, more = (
         quantize_weights(w, scale, whole.astype(jnp.int32) + extra, axes=axes, fmt=fmt)
@@ -287,7 +309,7 @@ def search_scale(
 
     Args:
       w: float weights.
-      budget: terms per group; may be traced.
+      budget: terms per group, as for `quantize_weights`; may be traced.
       axes: the adjacent axes along which groups lie.
       scale_axes: the axes that share a scale (all but the output channels).
       fmt: the weight format.
@@ -300,7 +322,6 @@ def search_scale(
     """
     if candidates < 1:
         raise ValueError(f"candidates must be 1 or more, got {candidates}")
-    fmt.check_budget(budget)
+    budget = fmt.aligned_budget(budget, w.shape, axes)
     ratios = jnp.linspace(lowest, 1.15, candidates, dtype=jnp.float32)
-    budget = jnp.asarray(budget, jnp.int32)
     return _search_scale(w, budget, importance, ratios, axes, scale_axes, fmt)

@@ -13,11 +13,9 @@ def everything(source):
     return source.fetch(np.arange(len(source)))
 
 
-def test_the_two_splits_hold_every_digit_once(digits):
-    images, labels = (
-        np.concatenate(parts)
-        for parts in zip(*map(everything, (digits.train, digits.test)), strict=True)
-    )
+def test_the_splits_hold_every_digit_once(digits):
+    splits = (digits.train, digits.validation, digits.test)
+    images, labels = (np.concatenate(parts) for parts in zip(*map(everything, splits), strict=True))
     original = load_digits()
 
     def multiset(pixels, targets):
@@ -30,7 +28,8 @@ def test_the_two_splits_hold_every_digit_once(digits):
 
 
 def test_split_is_a_stratified_fifth(digits):
-    assert (len(digits.train), len(digits.test)) == (1437, 360)
+    assert len(digits.train) + len(digits.validation) == 1437
+    assert len(digits.test) == 360
     per_class = np.bincount(load_digits().target)
     in_test = np.bincount(everything(digits.test)[1], minlength=10)
     assert np.all(np.abs(in_test - per_class / 5) <= 1)

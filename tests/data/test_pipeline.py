@@ -36,21 +36,23 @@ def assert_same(a, b):
 
 def test_an_epoch_reads_each_image_at_most_once_in_another_order_each_time(tagged):
     steps = data.steps_per_epoch(tagged, 100)
-    assert steps == 14
+    assert steps == len(tagged.train) // 100 == 12
     iterator = data.train_iterator(tagged, batch_size=100, seed=3, num_epochs=2)
     epochs = [collect(itertools.islice(iterator, steps)) for _ in range(2)]
     with pytest.raises(StopIteration):
         next(iterator)
-    available = keys((tagged.train.fetch(np.arange(1437))[0] / 16.0).astype(np.float32))
+    pixels, _ = tagged.train.fetch(np.arange(len(tagged.train)))
+    available = keys((pixels / 16.0).astype(np.float32))
     for epoch in epochs:
-        assert len(set(keys(epoch["input"]))) == 1400
+        assert len(set(keys(epoch["input"]))) == 1200
         assert set(keys(epoch["input"])) <= set(available)
     assert keys(epochs[0]["input"]) != keys(epochs[1]["input"])
 
 
 def test_batches_are_normalised_float32(digits):
-    batch = next(data.train_iterator(digits, batch_size=1437, seed=0))
-    assert batch["input"].shape == (1437, 8, 8, 1)
+    number = len(digits.train)
+    batch = next(data.train_iterator(digits, batch_size=number, seed=0))
+    assert batch["input"].shape == (number, 8, 8, 1)
     assert (batch["input"].dtype, batch["label"].dtype) == (np.float32, np.int32)
     np.testing.assert_allclose(batch["input"].mean(), 0.0, atol=1e-4)
     np.testing.assert_allclose(batch["input"].std(), 1.0, atol=1e-4)
@@ -172,7 +174,7 @@ def test_images_of_another_size_are_resized(make_tree):
         ({"batch_size": -4}, "at least 1, got -4"),
         ({"batch_size": 64.0}, "at least 1, got 64.0"),
         ({"batch_size": "64"}, "at least 1, got '64'"),
-        ({"batch_size": 1438}, "more than the 1437 training images"),
+        ({"batch_size": 1438}, "is more than the .* training images"),
         ({"batch_size": 10, "shard_count": 3}, "multiple of shard_count 3"),
         ({"shard_count": 2, "shard_index": 2}, "got 2 of 2"),
         ({"shard_index": -1}, "shard_index must be an integer of at least 0, got -1"),
@@ -192,7 +194,7 @@ def test_train_iterator_refuses_bad_arguments(digits, options, message):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"batch_size": 0}, "at least 1"), ({"split": "valid"}, '"train" or "test"')],
+    [({"batch_size": 0}, "at least 1"), ({"split": "valid"}, "one of train, validation, test")],
 )
 def test_eval_batches_refuses_bad_arguments(digits, options, message):
     with pytest.raises(ValueError, match=message):

@@ -27,7 +27,8 @@ def test_it_is_python_s_language_reference(text):
     joined = decode(text.train[:, :-1].ravel())
     assert all(word in joined for word in ("statement", "expression", "__init__"))
     assert len(text.train) + len(text.test) > 10_000
-    assert f"{len(text.train)} training and {len(text.test)} test windows" in text.description
+    assert f"{len(text.train)} training" in text.description
+    assert f"{len(text.test)} test windows" in text.description
 
 
 def test_labels_are_the_next_characters(text):

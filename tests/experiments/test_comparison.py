@@ -1,74 +1,94 @@
-"""A comparison: equal training for everyone, members that resume, one table, and its page."""
+"""A comparison: one recipe for everyone, members of a sweep, paired statistics, and its page."""
 
 import dataclasses
 import json
 
 import jax
+import numpy as np
 import pytest
+import scipy.stats
 from rich.console import Console
 
 from experiments import configs
 from experiments.comparison import (
-    ABLATIONS,
     ALL_TERMS,
-    METHODS,
     ComparisonConfig,
-    member_config,
+    Method,
+    choose,
+    interval,
     members,
     parse_base,
     run_comparison,
     summary,
 )
-from experiments.config import ConfigError
+from experiments.config import ConfigError, override
+from experiments.configs.compare_methods import METHODS, PARTS
 from experiments.results_page import DATA, DOCS, page, stored_study
 
 BASE = configs.load("stp_resnet20_cifar10").CONFIG
+EVERY = METHODS | PARTS
 
 
-def test_all_members_train_for_the_same_steps_from_the_same_start(tmp_path):
-    config = ComparisonConfig(steps=200, batch_size=64, seeds=2)
+def everyone(tmp_path, methods=EVERY, **changes):
     start = tmp_path / "float.safetensors"
     start.touch()
-    epoch = 781
-    for member in members(config, BASE):
-        c = member_config(config, BASE, member, start, epoch)
-        stages = (c.float_epochs, c.guided_epochs, c.budgeted_epochs, c.retrain_epochs)
-        expected = 0 if "not retrained" in member.method else 200
-        assert sum(round(epochs * epoch) for epochs in stages) == expected, member
-        assert (c.batch_size, c.init_from, c.seed) == (64, str(start), member.seed)
-        if member.terms is not None and c.budget is not None:
-            assert c.budget == member.terms * c.group_size
-    names = [member.folder for member in members(config, BASE)]
+    config = ComparisonConfig(**changes)
+    return list(members(config, BASE, methods, start, epoch=703))
+
+
+def test_all_members_have_the_same_steps_start_and_recipe(tmp_path):
+    names, recipes = [], set()
+    for member in everyone(tmp_path, seeds=(0, 1), steps=(200,)):
+        method = EVERY[member.labels["method"]]
+        c = override(BASE, [*member.arguments, "batch_size=64"])
+        stages = (c.guided_epochs, c.budgeted_epochs, c.retrain_epochs)
+        assert sum(round(epochs * 703) for epochs in stages) == (200 if method.trained else 0)
+        assert (c.float_epochs, c.seed) == (0, member.labels["seed"])
+        assert c.init_from == str(tmp_path / "float.safetensors")
+        if "terms" in member.labels and c.budget is not None:
+            assert c.budget == member.labels["terms"] * c.group_size
+        if method.kind != "part":
+            recipes.add((c.retrain_lr, c.distill, c.temperature, c.optimizer, c.weight_decay))
+        names.append(member.name)
+    assert len(recipes) == 1
     assert len(set(names)) == len(names)
 
 
-def test_members_cover_methods_points_and_ablation():
-    config = ComparisonConfig(points="1.0,0.5", more_points="2.0", seeds=3, ablation=0.5)
-    found = members(config, BASE)
-    at = {(m.method, m.terms): [] for m in found if not m.ablation}
-    for m in found:
-        if not m.ablation:
-            at[m.method, m.terms].append(m.seed)
-    assert at["STP", 0.5] == at["float", None] == at["int8", None] == [0, 1, 2]
-    assert at["STP", 2.0] == [0]
+def test_members_cover_methods_points_and_seeds(tmp_path):
+    found = everyone(tmp_path, points=(1.0, 0.5), seeds=(0, 1, 2))
+    at = {}
+    for member in found:
+        key = member.labels["method"], member.labels.get("terms")
+        at.setdefault(key, []).append(member.labels["seed"])
+    assert at["layer", 0.5] == at["float", None] == at["int8", None] == [0, 1, 2]
     # A cap of half a term per weight does not exist.
-    assert ("term cap per weight", 0.5) not in at and ("term cap per weight", 1.0) in at
-    assert {m.method for m in found if m.ablation} == set(ABLATIONS)
-    assert {m.method for m in found if not m.ablation} == {"float", "int8", *METHODS}
+    assert ("cap", 0.5) not in at and ("cap", 1.0) in at
+    assert {method for method, _ in at} == set(EVERY)
+
+
+def test_every_part_names_what_it_changes():
+    for method in PARTS.values():
+        assert method.kind == "part" and METHODS[method.reference].kind == "ours"
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("setting", "message"),
     [
-        ({"points": "1.0,half"}, "points must be numbers"),
-        ({"points": f"{ALL_TERMS + 1}"}, "terms per weight"),
-        ({"more_methods": "STP,SFP"}, "more_methods must be among .* got SFP"),
-        ({"steps": 0}, "steps must be 1 or more"),
+        ("points=1.0,half", "points must be a number, got 'half'"),
+        (f"points={ALL_TERMS + 1}", "terms per weight"),
+        ("points=", "points must have a value"),
+        ("steps=0", "steps must be 1 or more"),
+        ("jobs=0", "jobs must be 1 or more"),
     ],
 )
-def test_wrong_settings_are_refused(changes, message):
+def test_wrong_settings_are_refused(setting, message):
     with pytest.raises(ConfigError, match=message):
-        ComparisonConfig(**changes)
+        override(ComparisonConfig(), [setting])
+
+
+def test_unknown_methods_are_refused():
+    with pytest.raises(ConfigError, match=r"methods must be among float, .* got SFP"):
+        choose(ComparisonConfig(methods=("layer", "SFP")), EVERY)
 
 
 def test_a_base_must_be_a_training_experiment():
@@ -83,6 +103,9 @@ def users_settings():
         yield
 
 
+CHOSEN = {name: EVERY[name] for name in ("float", "uniform", "layer", "no-weights")}
+
+
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("comparison")
@@ -90,67 +113,110 @@ def comparison(tmp_path_factory):
         base="stp_mlp",
         settings="model_options.hidden=16 calibration_batches=1 bn_batches=0 eval_batch_size=360",
         start_epochs=0.5,
-        steps=6,
-        points="1.0",
-        more_points="",
-        seeds=1,
-        ablation=None,
+        steps=(4,),
+        points=(1.0,),
+        seeds=(0,),
+        jobs=2,
     )
-    base = parse_base(config)
-    console = Console(quiet=True)
-    results = run_comparison(config, base, workdir, "compare_methods", console)
-    return workdir, config, base, results
+    results = run_comparison(config, CHOSEN, workdir, "compare_methods", Console(quiet=True))
+    return workdir, config, results
 
 
 def test_results_come_from_the_members_runs(comparison):
-    workdir, _, _, results = comparison
+    workdir, _, results = comparison
     assert results["missing"] == []
-    assert [row["method"] for row in results["rows"]] == ["float", "int8", *METHODS]
+    assert [row["method"] for row in results["rows"]] == list(CHOSEN)
     for row in results["rows"]:
-        name = "_".join("".join(c if c.isalnum() else " " for c in row["method"]).split())
-        terms = "" if row["terms"] is None else "-t1"
-        run = json.loads(
-            (workdir / "members" / f"{name}{terms}-seed0" / "results.json").read_text()
-        )
-        stage = "float" if row["method"] == "float" else "retrained"
-        assert row["top1"] == run["top1_percent"][stage]
+        terms = "" if row["terms"] is None else "terms=1.0,"
+        folder = workdir / "members" / f"method={row['method']},{terms}steps=4,seed=0"
+        run = json.loads((folder / "results.json").read_text())
+        stage = CHOSEN[row["method"]].stage
+        assert row["test"] == run["top1_percent"][stage]
+        assert row["validation"] == run["validation_top1_percent"][stage]
         if row["terms"] is not None:
             assert row["terms_held"] <= row["terms"] + 1e-6
     table = summary(results).set_index("method")
     rows = {row["method"]: row for row in results["rows"]}
-    lost = rows["float"]["top1"] - rows["STP"]["top1"]
-    assert table.loc["STP", "loss"] == pytest.approx(lost)
+    lost = rows["float"]["test"] - rows["layer"]["test"]
+    assert table.loc["layer", "loss"] == pytest.approx(lost)
     assert table.loc["float", "loss"] == 0
+    gained = rows["no-weights"]["test"] - rows["layer"]["test"]
+    assert table.loc["no-weights", "change"] == pytest.approx(gained)
 
 
-def test_finished_members_are_not_run_again_and_lost_ones_are(comparison):
-    workdir, config, base, results = comparison
-    files = {p: p.stat().st_mtime_ns for p in (workdir / "members").rglob("results.json")}
-    lost = workdir / "members" / "uniform_group_budgets-t1-seed0" / "results.json"
+def test_a_comparison_grows_and_a_failed_member_is_named(comparison):
+    """Finished members stay as they are, a lost one is run, one whose folder is taken fails."""
+    workdir, config, results = comparison
+    runs = workdir / "members"
+    files = {p: p.stat().st_mtime_ns for p in runs.rglob("results.json")}
+    lost = runs / "method=uniform,terms=1.0,steps=4,seed=0" / "results.json"
     lost.unlink()
-    again = run_comparison(config, base, workdir, "compare_methods", Console(quiet=True))
-    assert again["rows"] == results["rows"]
-    assert lost.exists()
+    taken = runs / "method=layer,terms=1.0,steps=4,seed=1"
+    taken.mkdir()
+    (taken / "thesis.tex").write_text("precious")
+    again = dataclasses.replace(config, methods=("uniform", "layer"), seeds=(0, 1))
+    chosen = {name: CHOSEN[name] for name in ("uniform", "layer")}
+    grown = run_comparison(again, CHOSEN, workdir, "compare_methods", Console(quiet=True))
+    assert grown["missing"] == [taken.name]
+    assert [p.name for p in taken.iterdir()] == ["thesis.tex"]
+    known = [row for row in grown["rows"] if row["seed"] == 0]
+    assert known == results["rows"]
+    assert len(grown["rows"]) == len(results["rows"]) + 1
     assert all(p.stat().st_mtime_ns == t for p, t in files.items() if p != lost)
+    assert set(chosen) == {row["method"] for row in grown["rows"] if row["seed"] in (0, 1)} - {
+        "float",
+        "no-weights",
+    }
 
 
-def test_a_member_that_fails_does_not_stop_the_others(comparison, tmp_path):
-    _, config, base, _ = comparison
-    config = dataclasses.replace(config, steps=2)
-    broken = tmp_path / "members" / "int8-seed0"
-    broken.mkdir(parents=True)
-    (broken / "thesis.tex").write_text("precious")
-    results = run_comparison(config, base, tmp_path, "compare_methods", Console(quiet=True))
-    assert results["missing"] == ["int8-seed0"]
-    assert [p.name for p in broken.iterdir()] == ["thesis.tex"]
+def made_up(**accuracies):
+    """Results with these test accuracies by method, one a seed."""
+    common = dict.fromkeys(("saving", "saving_with_encoder", "cycles"), 1.0)
+    rows = [
+        {
+            "method": name,
+            "terms": None if name == "float" else 0.5,
+            "steps": 10,
+            "seed": seed,
+            "test": value,
+            "validation": value,
+            "terms_held": 0.5,
+            **common,
+        }
+        for name, values in accuracies.items()
+        for seed, value in enumerate(values)
+    ]
+    return {"rows": rows, "methods": {n: dataclasses.asdict(m) for n, m in EVERY.items()}}
+
+
+def test_intervals_are_student_s_and_differences_are_paired():
+    float_, layer, guided = [90.0, 92.0, 94.0], [89.0, 91.5, 93.0], [89.5, 92.0, 93.5]
+    results = made_up(float=float_, layer=layer, guided=guided)
+    table = summary(results).set_index("method")
+    low, high = scipy.stats.t.interval(0.95, 2, np.mean(float_), scipy.stats.sem(float_))
+    assert table.loc["float", "interval"] == pytest.approx((high - low) / 2)
+    paired = scipy.stats.ttest_rel(float_, layer).confidence_interval()
+    assert table.loc["layer", "loss"] == pytest.approx((paired.low + paired.high) / 2)
+    assert table.loc["layer", "loss_interval"] == pytest.approx((paired.high - paired.low) / 2)
+    # Half a point better in every seed: no doubt, although the seeds differ by four points.
+    assert table.loc["guided", "change"] == pytest.approx(0.5)
+    assert table.loc["guided", "change_interval"] == pytest.approx(0, abs=1e-9)
+    assert np.isnan(interval([1.0]))
+
+
+def test_a_method_whose_budget_is_no_whole_number_does_not_exist():
+    method = Method(title="", kind="rival", settings="group_size=4 budget={budget}")
+    assert method.at(0.5, 8) == {"group_size": "4", "budget": "2"}
+    assert method.at(0.375, 8) is None
 
 
 def test_the_page_holds_every_row_and_says_what_is_missing(comparison):
-    results = comparison[3]
+    results = comparison[2]
     text = page(results)
     for row in results["rows"]:
-        assert row["method"] in text or row["method"] in ("float", "int8")
-        assert f"{row['top1']:.2f}" in text
+        assert EVERY[row["method"]].title in text
+        if EVERY[row["method"]].kind != "part":
+            assert f"{row['test']:.2f}" in text
     total = len(results["rows"]) + 1
     assert f"1 of {total} runs of the comparison were not made." in page(
         {**results, "missing": ["x"]}
@@ -168,7 +234,7 @@ def test_projections_are_compared_before_retraining(tmp_path):
         experiment.CONFIG,
         base="stp_mlp",
         settings="model_options.hidden=16 float_epochs=0.1 calibration_batches=1",
-        points="1.0",
+        points=(1.0,),
     )
     experiment.run(config, tmp_path, Console(quiet=True))
     results = json.loads((tmp_path / "results.json").read_text())

@@ -36,7 +36,7 @@ def test_calibration_sees_every_class_of_a_sorted_folder(sorted_folder, tmp_path
     context = make(tmp_path, data="folder", data_dir=str(sorted_folder), model="resnet20")
     drawn = labels(context)
     assert len(drawn) == 48
-    # 48 of 160 at random: twelve of each class are expected, and six or fewer hardly ever seen.
+    # 48 of 144 at random: twelve of each class are expected, and six or fewer hardly ever seen.
     assert np.bincount(drawn, minlength=4).min() >= 6
 
 
@@ -62,4 +62,4 @@ def test_few_examples_are_all_used(sorted_folder, tmp_path):
         Console(quiet=True),
     )
     batches = context.calibration_batches()
-    assert sum(int(np.asarray(batch["mask"]).sum()) for batch in batches) == 160
+    assert sum(int(np.asarray(batch["mask"]).sum()) for batch in batches) == 144

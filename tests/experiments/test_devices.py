@@ -67,7 +67,7 @@ def few_steps(context, steps):
     return steps / context.steps_per_epoch
 
 
-FLOAT = train.Training("float", 0.0, 0.05)
+FLOAT = train.Training("float", 0.0, 0.05, in_float=True)
 
 
 @pytest.mark.parametrize("network", ["mlp", "conv"])
@@ -80,7 +80,7 @@ def test_1_2_and_8_devices_give_the_same_metrics_in_both_shardings(network, make
         stage = FLOAT._replace(epochs=few_steps(context, 6))
         model = train.train_stage(context, model, stage)
         found[devices, kind] = losses(context)
-        scores[devices, kind] = train.evaluate(context, model)
+        scores[devices, kind] = train.evaluate(context, model, "test")
     one = found.pop((1, "data"))
     assert len(one) == 6 and len(set(one)) == 6
     for values in found.values():
@@ -163,7 +163,7 @@ def test_evaluation_counts_every_example_once(make_context):
     model = Oracle(jnp.asarray(batch["input"]), jnp.asarray(batch["label"]))
     for size in (8, 112, 360):
         config = dataclasses.replace(context.config, eval_batch_size=size)
-        assert train.evaluate(dataclasses.replace(context, config=config), model) == 100.0
+        assert train.evaluate(dataclasses.replace(context, config=config), model, "test") == 100.0
 
 
 def test_a_stage_compiles_its_step_once_though_budgets_anneal(make_context, caplog):

@@ -77,7 +77,9 @@ def test_a_step_that_diverges_is_named_with_its_layers_and_not_saved(
     monkeypatch.setattr(Context, "train_iterator", lambda *_: Poisoned())
     model = make_model(context)
     with pytest.raises(train.TrainingError) as caught:
-        train.train_stage(context, model, train.Training("float", 1.0, 0.01, "float_lr"))
+        train.train_stage(
+            context, model, train.Training("float", 1.0, 0.01, "float_lr", in_float=True)
+        )
     told = str(caught.value)
     assert told.startswith("float, step 11: not finite: loss, gradient.layers.0.")
     assert "the last good checkpoint is kept" in told
@@ -92,13 +94,15 @@ def test_weights_that_are_not_finite_are_named_before_the_first_step(context, tm
     kernel = model.layers[2].kernel
     kernel[...] = kernel[...].at[0, 0].set(jnp.nan)
     with pytest.raises(train.TrainingError, match=r"before step 1: .*params\.layers\.2\.kernel"):
-        train.train_stage(context, model, train.Training("float", 1.0, 0.01, "float_lr"))
+        train.train_stage(
+            context, model, train.Training("float", 1.0, 0.01, "float_lr", in_float=True)
+        )
     assert steps_saved(context, "float") == []
 
 
 def test_a_sound_stage_ends_finite(context, tmp_path):
     context = dataclasses.replace(context, workdir=tmp_path)
     model = make_model(context)
-    model = train.train_stage(context, model, train.Training("float", 0.5, 0.01))
+    model = train.train_stage(context, model, train.Training("float", 0.5, 0.01, in_float=True))
     assert not jnp.any(finite.nonfinite(nnx.state(model)))
-    assert steps_saved(context, "float") == [8, 11]
+    assert steps_saved(context, "float") == [8, 10]

@@ -71,7 +71,8 @@ def test_results_hold_what_they_promise(finished):
     results = json.loads((workdir / "results.json").read_text())
     assert set(results["top1_percent"]) == {"float", "int8", "projected", "retrained", "integer"}
     assert results["top1_percent"]["integer"] == results["top1_percent"]["retrained"]
-    assert "1437 training and 360 test images" in results["dataset"]
+    assert "143 validation (held out of training) and 360 test images" in results["dataset"]
+    assert set(results["validation_top1_percent"]) == set(results["top1_percent"])
     assert results["device"] == "1 × cpu"
     terms = results["terms_per_weight"]
     budgeted = [terms["by_layer"][path] for path in results["budgets"]]
@@ -93,7 +94,7 @@ def test_results_hold_what_they_promise(finished):
 def test_metrics_name_every_stage_in_order(finished):
     lines = (finished[0] / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    assert [r["step"] for r in records if r["stage"] == "guided"][-1] == 11
+    assert [r["step"] for r in records if r["stage"] == "guided"][-1] == 10
     assert all(np.isfinite(r["loss"]) for r in records)
     assert list(dict.fromkeys(r["stage"] for r in records)) == list(STAGES)
 
@@ -282,7 +283,7 @@ def test_experiments_are_listed():
         (["--exp=stp_resnet18", "--set", "data=folder", "data_dir=/no/where"], "/no/where"),
         (
             ["--exp=stp_resnet18", "--set", "batch_size=5000"],
-            "more than the 1437 training examples",
+            "more than the 1294 training examples",
         ),
         (["--exp=stp_resnet18", "--set", "model=resnet20"], "stem"),
         (["--exp=stp_resnet18", "--set", "int8_layers=head"], "no layer has such a path"),

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -37,8 +38,8 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("tfds")
 
 
-def test_the_default_stages_are_all_there_are():
-    assert tuple(stages.STAGES) == STAGE_NAMES
+def test_the_default_stages_exist():
+    assert set(STAGE_NAMES) <= set(stages.STAGES)
 
 
 def test_a_stage_of_one_s_own_is_one_entry(tmp_path, folder, monkeypatch):
@@ -56,11 +57,37 @@ def test_a_stage_of_one_s_own_is_one_entry(tmp_path, folder, monkeypatch):
     context = make(tmp_path, folder, f"stages={order}")
     stages.check_stages(context.config)
     outcome = stages.train(context)
-    assert list(outcome.top1) == ["float", "int8", "projected", "halved", "retrained"]
+    reported = ["float", "int8", "projected", "halved", "retrained"]
+    assert list(outcome.validation) == list(outcome.test) == reported
     assert outcome.budgets == {path: max(1, k // 2) for path, k in seen[0].items()}
     assert stp_jax.budgets(outcome.model) == outcome.budgets
     known = json.loads((tmp_path / "run" / "stages.json").read_text())
-    assert known["top1"] == outcome.top1
+    assert (known["validation"], known["test"]) == (outcome.validation, outcome.test)
+
+
+def test_the_test_examples_are_read_at_the_end_or_not_at_all(tmp_path, folder, monkeypatch):
+    """Choices need them not: a run without them measures the same validation accuracies."""
+    splits = []
+    measure = stages.evaluate
+
+    def noted(context, model, split):
+        splits.append(split)
+        return measure(context, model, split)
+
+    monkeypatch.setattr(stages, "evaluate", noted)
+    context = make(tmp_path, folder)
+    outcome = stages.train(context)
+    measured = len(splits) // 2
+    assert splits == ["validation"] * measured + ["test"] * measured
+    splits.clear()
+    unread = stages.train(make(tmp_path / "unread", folder, "test=false"))
+    assert set(splits) == {"validation"} and unread.test == {}
+    assert unread.validation == outcome.validation
+    # A finished run that is asked for them reads them, and repeats nothing else.
+    splits.clear()
+    later = stages.train(make(tmp_path / "unread", folder))
+    assert splits == ["test"] * measured
+    assert later.test == outcome.test
 
 
 @pytest.mark.parametrize(
@@ -84,3 +111,31 @@ def test_every_stage_draws_its_own_order():
     seeds = {data_seed(seed, name) for seed in (0, 1, 2) for name in names}
     assert len(seeds) == 3 * len(names)
     assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_budgets_by_filter_are_stored_and_read_back(tmp_path, folder):
+    """Each filter has a budget of its own, which a resumed run reads back."""
+    outcomes = {}
+    half = "terms_per_weight=0.5"
+    for by in ("layer", "filter"):
+        outcomes[by] = stages.train(make(tmp_path / by, folder, f"budgets_by={by}", half))
+    filters = outcomes["filter"].budgets
+    assert all(len(budget) == 8 for path, budget in filters.items() if path == "layers.0")
+    again = stages.train(
+        make(tmp_path / "filter", folder, "budgets_by=filter", "terms_per_weight=0.5")
+    )
+    for path, budget in filters.items():
+        np.testing.assert_array_equal(again.budgets[path], budget)
+        np.testing.assert_array_equal(stp_jax.budgets(again.model)[path], budget)
+    assert again.test == outcomes["filter"].test
+
+
+def test_budgets_by_hand_may_be_by_filter(tmp_path, folder):
+    path = tmp_path / "budgets.json"
+    by_filter = [1, 2, 3, 4, 5, 6, 7, 8]
+    path.write_text(json.dumps({"layers.0": by_filter}))
+    outcome = stages.train(make(tmp_path, folder, f"budgets={path}"))
+    assert outcome.budgets["layers.0"].tolist() == by_filter
+    path.write_text(json.dumps({"layers.0": by_filter[1:]}))
+    with pytest.raises(ConfigError, match="a list of them for its 8 filters"):
+        stages.train(make(tmp_path / "wrong", folder, f"budgets={path}"))

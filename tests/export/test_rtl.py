@@ -82,6 +82,23 @@ def test_groups_are_those_of_training(layer):
 
 
 @pytest.mark.skipif(not icarus_available(), reason="Icarus Verilog is not installed")
+@pytest.mark.parametrize("layer", ["fc", "grouped"])
+def test_the_array_computes_filters_with_budgets_of_their_own(layer):
+    model = small()
+    filters = stp_jax.quantized_layers(model)[layer].filter_count
+    budgets = np.arange(filters)  # a filter without a term takes a slot as well
+    stp_jax.set_budgets(model, {layer: budgets})
+    jobs = layer_jobs(model, layer, X)
+    np.testing.assert_array_equal(np.concatenate([j.budget for j in jobs]), np.maximum(budgets, 1))
+    results = simulate_array(jobs, rows=2, cols=3, group_size=8)
+    for job, result in zip(jobs, results, strict=True):
+        np.testing.assert_array_equal(result.outputs, job.activations @ job.weights.T)
+    report = stp_jax.evaluate_model(model, X, rows=2, cols=3).report
+    cycles = sum(result.cycles for result in results)
+    assert cycles == report.cycles[report.network.names.index(layer)]
+
+
+@pytest.mark.skipif(not icarus_available(), reason="Icarus Verilog is not installed")
 def test_the_array_computes_a_trained_layer():
     model = small()
     jobs = layer_jobs(model, "depthwise", X)

@@ -132,9 +132,8 @@ def test_energy_by_gates_has_a_gradient_in_the_budget():
 def test_terms_are_sorted_into_the_events_exactly():
     """Against a count of the weights' own digits, group by group."""
     rng = np.random.default_rng(0)
-    weights = np.asarray(
-        terms.project(rng.normal(size=(64, 16)) * 30, group_size=8, budget=4, axis=0)
-    )
+    drawn = rng.normal(size=(64, 16)) * 30
+    weights = np.array(terms.project(drawn, group_size=8, budget=4, axis=0))
     weights[:8] = 0
     held = np.asarray(terms.count(weights)).reshape(8, 8, 16).sum(axis=1)
     given = {"budgets": 4, "weights": {"fc": weights}}

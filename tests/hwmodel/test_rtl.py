@@ -132,6 +132,43 @@ def test_values_and_cycles_are_exact(rows, cols, group_size, encode_at_edge):
     np.testing.assert_array_equal([result.cycles for result in results], report.cycles)
 
 
+def budgets_by_filter(jobs, rng, group_size):
+    """The same jobs with slots of its own for every filter, all of them different."""
+    varied = []
+    for job in jobs:
+        budgets = rng.permutation(np.arange(1, 13))[: len(job.weights)]
+        columns = job.weights.shape[1]
+        drawn = np.clip(np.round(rng.normal(scale=50, size=(len(budgets), columns))), -127, 127)
+        weights = project(drawn, group_size=group_size, budget=budgets[:, None], axis=1, limit=127)
+        weights = np.array(weights)
+        varied.append(rtl.Job(weights=weights, activations=job.activations, budget=budgets))
+    return varied
+
+
+@needs_icarus
+@pytest.mark.parametrize("encode_at_edge", [False, True], ids=["terms", "weights"])
+@pytest.mark.parametrize(("rows", "cols", "group_size"), [(1, 1, 4), (3, 2, 4), (4, 4, 8)])
+def test_values_and_cycles_are_exact_with_slots_of_its_own_for_every_filter(
+    rows, cols, group_size, encode_at_edge
+):
+    rng = np.random.default_rng([rows, cols, group_size])
+    jobs = budgets_by_filter(random_jobs(rng, rows, cols, group_size), rng, group_size)
+    results = rtl.simulate_array(
+        jobs, rows=rows, cols=cols, group_size=group_size, encode_at_edge=encode_at_edge
+    )
+    for job, result in zip(jobs, results, strict=True):
+        product = job.activations.astype(np.int64) @ job.weights.astype(np.int64).T
+        np.testing.assert_array_equal(result.outputs, product)
+        row_folds = -(-job.weights.shape[1] // (rows * group_size))
+        folds = row_folds * -(-len(job.activations) // cols)
+        assert result.cycles == folds * (2 * rows + cols - 2 + job.budget.sum())
+        assert result.slots == folds * rows * job.budget.sum()
+    report = modelled(jobs, rows, cols, group_size)
+    np.testing.assert_array_equal([result.cycles for result in results], report.cycles)
+    reads = [result.psum_reads for result in results]
+    np.testing.assert_array_equal(reads, report.accesses["sram_psum_read"])
+
+
 @needs_icarus
 def test_cycles_of_a_fold_follow_the_closed_form():
     """2R + C + T·k − 2 a fold, written out here for a job of 2 × 3 ragged folds."""
@@ -193,6 +230,10 @@ def test_jobs_that_make_no_sense_are_refused():
         rtl.Job(weights=0.5 * ones, activations=ones, budget=1)
     with pytest.raises(ValueError, match="at least one slot"):
         rtl.Job(weights=ones, activations=ones, budget=0)
+    with pytest.raises(ValueError, match="at least one slot"):
+        rtl.Job(weights=ones, activations=ones, budget=np.array([3, 0]))
+    with pytest.raises(ValueError, match="one for each of 2 filters"):
+        rtl.Job(weights=ones, activations=ones, budget=np.array([3, 1, 2]))
 
 
 def test_images_refuse_what_the_array_could_not_compute(tmp_path):

@@ -126,6 +126,29 @@ def relaxed(model):
     return found, out, stp_jax.budgets(model)
 
 
+BY_FILTER = {"conv": np.arange(1, 9), "grouped": np.arange(2, 14, 2), "fc": np.arange(10)}
+
+
+def by_filter(model):
+    stp_jax.set_budgets(model, BY_FILTER)
+    stp_jax.search_weight_scales(model)
+    return stp_jax.budgets(model), stp_jax.integer_weights(model), model(X)
+
+
+def relaxed_by_filter(model):
+    stp_jax.set_budgets(model, BY_FILTER)
+    return relaxed(model)
+
+
+def corrected_by_filter(model):
+    stp_jax.set_budgets(model, BY_FILTER)
+    return stp_jax.correct_bias(model, BATCHES), model(X)
+
+
+def compensated_by_filter(model):
+    return stp_jax.compensate(model, BATCHES, BY_FILTER), stp_jax.integer_weights(model)
+
+
 FUNCTIONS = {
     "calibrate": state,
     "call": lambda model: model(X),
@@ -136,6 +159,13 @@ FUNCTIONS = {
     "squared_gradients": lambda model: stp_jax.squared_gradients(model, loss, BATCHES),
     "allocate": lambda model: stp_jax.allocate(model, 1.0),
     "relax_budgets": relaxed,
+    "error_curves by filter": lambda model: stp_jax.error_curves(model, by="filter"),
+    "allocate by filter": lambda model: stp_jax.allocate(model, 1.0, by="filter"),
+    "set_budgets by filter": by_filter,
+    "relax_budgets by filter": relaxed_by_filter,
+    "correct_bias by filter": corrected_by_filter,
+    "compensate by filter": compensated_by_filter,
+    "integer_model by filter": lambda model: (by_filter(model), stp_jax.integer_model(model)(X)),
     "correct_bias": corrected,
     "compensate": compensated,
     "integer_model": lambda model: stp_jax.integer_model(model)(X),

@@ -396,7 +396,7 @@ def test_mistakes_are_named():
         model.set_budgets(variables, {"head": 4})
     with pytest.raises(ValueError, match="outside"):
         model.set_budgets(variables, {"": 99})
-    with pytest.raises(ValueError, match="2 budgets for 1"):
+    with pytest.raises(ValueError, match=r"shape \(2,\) for 4 filters"):
         model.set_budgets(variables, {"": [1, 2]})
     with pytest.raises(ValueError, match="no collection 'stp'"):
         model.set_budgets({"params": variables["params"]}, {"": 3})

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import stp_jax
-from stp_jax import Policy, Rule
+from stp_jax import Policy, Rule, models
 
 X = jax.random.normal(jax.random.key(1), (3, 12))
 
@@ -69,3 +69,56 @@ def test_mistakes_are_named():
         stp_jax.error_curves(build(method="greedy"))
     with pytest.raises(ValueError, match="at least one batch"):
         stp_jax.squared_gradients(build(), lambda model, x: jnp.sum(model(x)), [])
+
+
+def logits_model():
+    model = models.create("mlp", num_classes=5, rngs=nnx.Rngs(1), in_features=16, hidden=(16, 8))
+    stp = stp_jax.quantize(model, stp_jax.Policy([stp_jax.Rule(path=".*", budget=32)]))
+    batches = [jax.random.normal(jax.random.key(i), (32, 16)) for i in range(2)]
+    stp_jax.calibrate(stp, batches)
+    return stp, batches
+
+
+def test_outputs_diverge_where_a_layer_is_projected_and_nowhere_else():
+    stp, batches = logits_model()
+    before = [stp(x) for x in batches]
+    whole = stp_jax.output_divergences(stp, batches, 32)
+    few = stp_jax.output_divergences(stp, batches, 1)
+    assert list(whole) == list(few) == list(stp_jax.budgets(stp))
+    for path in whole:
+        assert whole[path] == pytest.approx(0, abs=1e-6)
+        assert few[path] > 1e-3
+    for x, y in zip(batches, before, strict=True):
+        np.testing.assert_array_equal(stp(x), y)
+
+
+def test_a_divergence_is_that_of_the_model_with_this_layer_projected():
+    stp, batches = logits_model()
+    path = next(iter(stp_jax.budgets(stp)))
+    found = stp_jax.output_divergences(stp, batches, {p: 2 for p in stp_jax.budgets(stp)})[path]
+    changed = nnx.clone(stp)
+    stp_jax.set_budgets(changed, {path: 2})
+    stp_jax.quantized_layers(changed)[path].search_scale(None)
+    p, q = (np.concatenate([jax.nn.log_softmax(m(x)) for x in batches]) for m in (stp, changed))
+    assert found == pytest.approx(np.mean(np.sum(np.exp(p) * (p - q), axis=-1)), rel=1e-4)
+
+
+def test_the_weighted_error_of_a_layer_is_its_divergence():
+    stp, batches = logits_model()
+    importance = stp_jax.measured_importance(stp, batches, 2)
+    divergences = stp_jax.output_divergences(stp, batches, 2)
+    probe = nnx.clone(stp)
+    stp_jax.set_budgets(probe, dict.fromkeys(divergences, 2))
+    for path, layer in stp_jax.quantized_layers(probe).items():
+        layer.search_scale(None)
+        error = jnp.sum(importance[path] * (layer.projected() - layer.kernel) ** 2)
+        assert float(error) == pytest.approx(divergences[path], rel=1e-3)
+    stp_jax.allocate(stp, 0.5, importance=importance, by="filter")
+
+
+def test_sensitivity_needs_batches():
+    stp, batches = logits_model()
+    with pytest.raises(ValueError, match="at least one batch"):
+        stp_jax.output_divergences(stp, [], 2)
+    with pytest.raises(TypeError, match="list of batches"):
+        stp_jax.output_divergences(stp, batches[0], 2)

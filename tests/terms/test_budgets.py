@@ -1,4 +1,4 @@
-"""Layer-wise budgets: exact on convex curves of equal cost, and never above the total."""
+"""Budgets by layer and filter: exact on convex curves of equal cost, and never above the total."""
 
 import itertools
 
@@ -79,8 +79,53 @@ def test_ties_go_to_the_layer_named_first():
     assert allocate_budgets({"b": curve, "a": curve}, {"a": 1, "b": 1}, 3) == {"b": 2, "a": 1}
 
 
+FILTERS = st.lists(GAINS.map(sorted), min_size=1, max_size=4)
+
+
+@settings(max_examples=100)
+@given(st.lists(FILTERS, min_size=1, max_size=3), st.integers(1, 4))
+def test_by_filter_the_error_is_no_larger_than_by_layer_at_the_same_total(layers, terms):
+    """Each filter has one group; a layer's curve is the sum of its filters'."""
+    most = max(len(gains) for filters in layers for gains in filters)
+    by_filter = named(
+        np.array([np.append(np.cumsum([0] * (most - len(g)) + g)[::-1], 0) for g in filters])
+        for filters in layers
+    )
+    by_layer = {name: curves.sum(0) for name, curves in by_filter.items()}
+    costs = {name: len(curves) for name, curves in by_filter.items()}
+    total = sum(costs.values()) * min(terms, most)
+    layer = allocate_budgets(by_layer, costs, total, minimum=0)
+    filters = allocate_budgets(by_filter, costs, total, minimum=0)
+    assert sum(k.sum() for k in filters.values()) <= total
+    found = sum(
+        curves[np.arange(len(curves)), filters[name]].sum() for name, curves in by_filter.items()
+    )
+    assert found <= error(by_layer, layer)
+
+
+def test_a_filter_is_a_layer_of_its_own():
+    rng = np.random.default_rng(0)
+    curves = np.cumsum(np.sort(rng.uniform(0, 9, (5, 12)), axis=1), axis=1)[:, ::-1]
+    costs = rng.uniform(0.5, 2.0, 5)
+    apart = allocate_budgets(named(curves), named(costs), 30.0, minimum=0)
+    together = allocate_budgets({"all": curves}, {"all": costs}, 30.0, minimum=0)
+    assert together["all"].tolist() == list(apart.values())
+
+
+def test_a_single_number_is_shared_equally_by_the_filters():
+    rng = np.random.default_rng(1)
+    curves = np.cumsum(np.sort(rng.uniform(0, 9, (7, 12)), axis=1), axis=1)[:, ::-1]
+    for cost in (0.3, 1.0, 7.1):
+        found = allocate_budgets({"a": curves}, {"a": cost}, 4 * cost)
+        assert found["a"].sum() == 4 * 7
+
+
 def test_mistakes_are_named():
     curve = [2.0, 1.0]
+    with pytest.raises(
+        ValueError, match=r"'a': costs of shape \(3,\) for curves of shape \(2, 2\)"
+    ):
+        allocate_budgets({"a": np.array([curve, curve])}, {"a": np.ones(3)}, 3)
     with pytest.raises(ValueError, match="only one has b"):
         allocate_budgets({"a": curve}, {"a": 1, "b": 1}, 3)
     with pytest.raises(ValueError, match="'a': the cost of a term must be positive"):
@@ -103,3 +148,9 @@ def test_rounded_budgets_are_the_nearest_that_the_total_allows():
     }
     assert tuple(tight.values()) == min(distances, key=distances.get)
     assert round_budgets({"a": 12.0}, {"a": 1.0}, 100, largest=8) == {"a": 8}
+
+
+def test_rounded_budgets_by_filter():
+    relaxed = {"a": np.array([2.7, 5.2]), "b": 0.1}
+    found = round_budgets(relaxed, {"a": 2.0, "b": 1.0}, 7, largest=8)
+    assert (found["a"].tolist(), found["b"]) == ([2, 4], 1)

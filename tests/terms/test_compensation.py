@@ -102,3 +102,12 @@ def test_wrong_arguments_are_refused(change, message):
     damping = arguments.pop("damping", 0.01)
     with pytest.raises(ValueError, match=message):
         project_compensated(*arguments.values(), fmt=FORMAT, damping=damping)
+
+
+def test_outputs_with_budgets_of_their_own_are_projected_as_if_alone():
+    w, gram = problem(3)
+    scale, budgets = np.ones(5, np.float32), np.array([1, 3, 5, 8, 20])
+    together = project_compensated(w, scale, gram, budgets, fmt=FORMAT)
+    for i, budget in enumerate(budgets):
+        alone = project_compensated(w[..., [i]], scale[:1], gram, int(budget), fmt=FORMAT)
+        np.testing.assert_array_equal(together[..., [i]], alone)

@@ -155,3 +155,15 @@ def test_wrong_arguments_are_refused(change, message):
             arguments.pop("budget"),
             **arguments,
         )
+
+
+def test_outputs_with_budgets_of_their_own_are_found_as_if_alone():
+    fmt = WeightFormat(group_size=4)
+    target, curvature = problem(5, 4, 127, outputs=6)
+    budgets = np.array([1, 2, 4, 6, 9, 16])
+    together = nearest_points(target, curvature, budgets, fmt=fmt, beam=4)
+    for i, budget in enumerate(budgets):
+        alone = nearest_points(target[[i]], curvature, int(budget), fmt=fmt, beam=4)
+        np.testing.assert_array_equal(together.values[i], alone.values[0])
+    with pytest.raises(ValueError, match=r"budget must be one or \(6,\)"):
+        nearest_points(target, curvature, budgets[:2], fmt=fmt)

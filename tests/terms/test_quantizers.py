@@ -60,6 +60,47 @@ def test_gradients_follow_the_rule(budget, encoding, method):
     np.testing.assert_allclose(to_scale, expected, rtol=1e-4, atol=1e-5)
 
 
+BY_FILTER = np.array([0, 3, 6, 9, 20])
+
+
+@pytest.mark.parametrize(("axes", "scale_axes"), [((1,), (0, 1)), ((0, 1), (0, 1))])
+def test_filters_with_budgets_of_their_own_are_quantized_as_if_alone(axes, scale_axes):
+    g = jnp.asarray(RNG.normal(size=W.shape), jnp.float32)
+
+    def quantized(w, scale, budget):
+        return quantize_weights(w, scale, budget, axes=axes, fmt=FORMAT)
+
+    q, pull = jax.vjp(lambda w, s: quantized(w, s, BY_FILTER), W, SCALE)
+    to_w, to_scale = pull(g)
+    searched = search_scale(W, BY_FILTER, axes=axes, scale_axes=scale_axes, fmt=FORMAT)
+    for i, budget in enumerate(BY_FILTER):
+        one = np.s_[..., i : i + 1]
+        alone, pull = jax.vjp(lambda w, s: quantized(w, s, int(budget)), W[one], SCALE[one])  # noqa: B023
+        np.testing.assert_array_equal(q[one], alone)
+        for found, expected in zip((to_w, to_scale), pull(g[one]), strict=True):
+            np.testing.assert_allclose(found[one], expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(
+            searched[one],
+            search_scale(W[one], int(budget), axes=axes, scale_axes=scale_axes, fmt=FORMAT),
+        )
+
+
+def test_relaxed_budgets_by_filter_have_the_gradients_of_each():
+    g = jnp.asarray(RNG.normal(size=W.shape), jnp.float32)
+    budgets = jnp.array([0.5, 3.25, 6.0, 9.75, 15.5])
+
+    def quantized(w, scale, budget):
+        return quantize_weights_relaxed(w, scale, budget, axes=(1,), fmt=FORMAT)
+
+    q, pull = jax.vjp(quantized, W, SCALE, budgets)
+    found = pull(g)[2]
+    for i in range(5):
+        one = np.s_[..., i : i + 1]
+        alone, pull = jax.vjp(quantized, W[one], SCALE[one], budgets[i])
+        np.testing.assert_allclose(q[one], alone, rtol=1e-6)
+        np.testing.assert_allclose(found[i], pull(g[one])[2], rtol=1e-4, atol=1e-5)
+
+
 def test_one_compilation_serves_every_budget():
     @jax.jit
     @chex.assert_max_traces(1)

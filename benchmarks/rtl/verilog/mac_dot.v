@@ -5,12 +5,12 @@ module mac_dot #(
     parameter LANES = 8,
     parameter COLUMNS = 1,
     parameter WIDTH = 8,
-    parameter PSUM = 28
+    parameter PSUM = 28,
+    parameter RIPPLE = 1    // the carry-propagating adder is a chain of full adders
 ) (
     input                                   clock,
     input                                   load,
     input      [COLUMNS*LANES*WIDTH-1:0]    activations_in,
-    output reg [COLUMNS*LANES*WIDTH-1:0]    activations,
     input      [LANES*WIDTH-1:0]            weights_in,
     output reg [LANES*WIDTH-1:0]            weights,
     input      [COLUMNS*PSUM-1:0]           psum_in,
@@ -20,11 +20,12 @@ module mac_dot #(
     localparam [PSUM-1:0] OFFSET = LANES * ((1 << WIDTH) - (1 << (2*WIDTH-1)));
     localparam WORDS = LANES * WIDTH + 2;
 
+    reg [COLUMNS*LANES*WIDTH-1:0] activations;  // taken from the column's bus with `load`
     genvar c, l, i;
     generate
         for (c = 0; c < COLUMNS; c = c + 1) begin : column
             wire [WORDS*PSUM-1:0] words;
-            wire [PSUM-1:0] sum, carry;
+            wire [PSUM-1:0] sum, carry, total;
             for (l = 0; l < LANES; l = l + 1) begin : lane
                 wire [WIDTH-1:0] x = activations[(c*LANES + l)*WIDTH +: WIDTH];
                 for (i = 0; i < WIDTH; i = i + 1) begin : digit
@@ -39,7 +40,12 @@ module mac_dot #(
             carry_save_tree #(.WORDS(WORDS), .WIDTH(PSUM)) tree (
                 .words(words), .low({(WORDS-2){1'b0}}), .sum(sum), .carry(carry)
             );
-            always @(posedge clock) psum[c*PSUM +: PSUM] <= sum + carry;
+            if (RIPPLE) begin : chain
+                ripple_adder #(.WIDTH(PSUM)) adder (.a(sum), .b(carry), .sum(total));
+            end else begin : prefix
+                assign total = sum + carry;
+            end
+            always @(posedge clock) psum[c*PSUM +: PSUM] <= total;
         end
     endgenerate
 

@@ -82,7 +82,7 @@ class Marks:
         return any(scope in self._marks for scope in scopes)
 
     def on_equation(self, eqn: Any) -> tuple[Mark, bool, int] | None:
-        """What a ``checkpoint_name`` equation marks: its mark, whether the weights, and the size.
+        """Contents of a ``checkpoint_name`` equation: mark, whether of weights, size.
 
         None for names that are not of these marks.
         """

@@ -24,7 +24,7 @@ Describe = Callable[[Shape, Shape, Shape], Layer]  # from the shapes of operands
 
 
 class Observer(Protocol):
-    """What is done with the operands of a layer."""
+    """A function of the operands of a layer."""
 
     def product(
         self, name: str, describe: Describe, run: Callable, lhs: jax.Array, rhs: jax.Array

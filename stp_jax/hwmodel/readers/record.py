@@ -121,7 +121,7 @@ class _Recorder:
 
 
 def _probabilities(run: Callable, query: jax.Array, key: jax.Array, value: jax.Array) -> np.ndarray:
-    """What an attention multiplies its values by: (..., rows, heads, length).
+    """Attention weights, by which the values are multiplied: (..., rows, heads, length).
 
     Attention is linear in its values, so columns of the identity in their place give the
     probabilities, as many columns a run as a value is deep.

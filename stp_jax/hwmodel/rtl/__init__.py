@@ -1,4 +1,4 @@
-"""Verilog of the group-PE array and its encoder: the judge of the accelerator model."""
+"""Verilog of the group-PE array and its encoder: the golden reference of the accelerator model."""
 
 from stp_jax.hwmodel.rtl.images import Job as Job
 from stp_jax.hwmodel.rtl.images import wire_slots as wire_slots

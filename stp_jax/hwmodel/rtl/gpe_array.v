@@ -12,7 +12,9 @@
 //                              that row registered at the end of the cycle before: no waiting
 //   R + (R-1) + (C-1) + T*k-1  the bottom right element completes the last filter
 //
-// so a fold takes 2R + C + T*k - 2 cycles, and the next may load in the cycle that follows. The
+// so a fold takes 2R + C + T*k - 2 cycles, and the next may load in the cycle that follows. Only
+// `last_in` says where a filter's slots end: k may differ from filter to filter, all rows alike, and
+// a fold then takes the sum of the filters' k in place of T*k. The
 // bottom row's sums are registered then; storing them overlaps the next fold's first cycle.
 // Row 0 takes `psum_in`: zero, or what earlier folds along the reduction left in the output buffer.
 module gpe_array #(

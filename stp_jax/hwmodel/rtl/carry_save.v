@@ -1,4 +1,4 @@
-// Carry-save arithmetic that the studied elements share.
+// Carry-save arithmetic.
 //
 // A full adder is a module of its own so that synthesis can map it to the library's full-adder
 // cell, which takes less than half the energy of the same function out of XOR and AND-OR gates.
