@@ -34,7 +34,7 @@ from benchmarks.rtl.bench import (
 )
 from benchmarks.rtl.catalogue import DESIGNS
 from benchmarks.rtl.design import Design
-from benchmarks.rtl.edge import COLUMNS, WEIGHT_EDGE
+from benchmarks.rtl.edge import COLUMNS, lanes_of, weight_edge
 from benchmarks.rtl.operands import OperandSet, of_network, synthetic
 from benchmarks.rtl.synthesis import Implementation, yosys_version
 
@@ -82,16 +82,21 @@ def measure_all(arguments: argparse.Namespace, operands: list[OperandSet]) -> di
     """Measurements of every chosen design and of the edge, at one clock that all of them meet."""
     chosen = chosen_designs(arguments)
     aim = target(arguments.liberty, period=arguments.clock_ns, wire=arguments.wire)
-    made = {design.name: implement_design(design, aim) for design in (*chosen, WEIGHT_EDGE)}
+    made = {design.name: implement_design(design, aim) for design in chosen}
     period = common_period((i.timing.period for i in made.values()), arguments.clock_ns)
+    lanes_used = sorted({lanes_of(design) for design in chosen if design.takes_terms})
+    edges = {lanes: weight_edge(lanes) for lanes in lanes_used}
+    made |= {edge.name: implement_design(edge, aim) for edge in edges.values()}
 
     def measured(design: Design) -> dict:
+        # An edge may take more pipelining than it has; its energy is that of its own clock then.
+        clock = common_period([made[design.name].timing.period], period)
         energies: dict[int, Measurement] = {}
         for budget in BUDGETS:
             # Budgets change nothing in a PE that takes int8 weights.
             energies[budget] = (
                 measure_design(
-                    design, made[design.name], operands, budget, library=aim.library, period=period
+                    design, made[design.name], operands, budget, library=aim.library, period=clock
                 )
                 if design.takes_terms or not energies
                 else energies[BUDGETS[0]]
@@ -100,7 +105,7 @@ def measure_all(arguments: argparse.Namespace, operands: list[OperandSet]) -> di
         if arguments.check:
             budget = BUDGETS[0]
             result["check"] = check_design(
-                design, made[design.name], operands[0], budget, aim=aim, period=period
+                design, made[design.name], operands[0], budget, aim=aim, period=clock
             )
         print_design(design.name, result)
         return result
@@ -117,7 +122,7 @@ def measure_all(arguments: argparse.Namespace, operands: list[OperandSet]) -> di
         "seeds": arguments.seeds,
         "operands": operands[0].description,
         "designs": {design.name: measured(design) for design in chosen},
-        "edge": measured(WEIGHT_EDGE),
+        "edges": {str(lanes): measured(edge) for lanes, edge in edges.items()},
         "edge_columns": COLUMNS,
     }
 
@@ -160,7 +165,8 @@ def headline(results: dict) -> dict:
     ours = min(sparse, key=cost)
     mac = designs[baseline]["pj_per_mac"][first]
     group_pe = designs[ours]["pj_per_mac"]
-    encoder = {k: pj / results["edge_columns"] for k, pj in results["edge"]["pj_per_mac"].items()}
+    edge = results["edges"][str(lanes_of(DESIGNS[ours]))]
+    encoder = {k: pj / results["edge_columns"] for k, pj in edge["pj_per_mac"].items()}
     return {
         "baseline": baseline,
         "group_pe": ours,
@@ -172,7 +178,7 @@ def headline(results: dict) -> dict:
         "breakdown": {
             "int8_mac": designs[baseline]["breakdown"][first],
             "group_pe": designs[ours]["breakdown"],
-            "edge": results["edge"]["breakdown"],
+            "edge": edge["breakdown"],
         },
     }
 
@@ -209,12 +215,12 @@ def print_results(results: dict) -> None:
             f"{name:<28}{energies}{design['area_um2']:>9.0f}{per_rate:>11.0f}"
             f"{design['min_period_ns']:>8.3f}"
         )
-    edge = results["edge"]
-    energies = "".join(f"{edge['pj_per_mac'][str(k)] * 8:>9.2f}" for k in BUDGETS)
-    print(
-        f"{'row edge, pJ per group':<28}{energies}{edge['area_um2']:>9.0f}"
-        f"{'':>11}{edge['min_period_ns']:>8.3f}"
-    )
+    for lanes, edge in results["edges"].items():
+        energies = "".join(f"{edge['pj_per_mac'][str(k)] * 8:>9.2f}" for k in BUDGETS)
+        print(
+            f"{f'row edge of {lanes}, pJ per group':<28}{energies}{edge['area_um2']:>9.0f}"
+            f"{'':>11}{edge['min_period_ns']:>8.3f}"
+        )
     if "saving" in results:
         saving = "".join(f"{results['saving'][str(k)]:>8.2f}×" for k in BUDGETS)
         print(f"{'saving':<28}{saving}  {results['group_pe']} against {results['baseline']}")

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.rtl.bench import common_period, implement_design, target
 from benchmarks.rtl.catalogue import DESIGNS
 from benchmarks.rtl.design import Design
-from benchmarks.rtl.edge import WEIGHT_EDGE
+from benchmarks.rtl.edge import weight_edge
 from benchmarks.rtl.energy import measure
 from benchmarks.rtl.gate_simulation import simulate
 from benchmarks.rtl.operands import OperandSet, of_network, synthetic
@@ -39,6 +39,7 @@ from stp_jax.hwmodel.arrays import fold
 from stp_jax.hwmodel.pes import Workload
 
 DIGITS = 4
+WEIGHT_EDGE = weight_edge()
 MEMORY = ("sram_8kib_64b", "sram_32kib_64b", "sram_1mib_64b", "dram_64b")
 MEMORY_NODE, MEMORY_VOLT = 45.0, 0.9
 
@@ -78,7 +79,7 @@ class Case:
 _LOADS = Case(budget=8, folds=64, filters=4, seed=1)
 CALIBRATION = (
     *(Case(budget=k, zeros=zeros) for zeros in (0.0, 0.4, 0.7) for k in (1, 2, 4, 8)),
-    *(Case(budget=k, terms=n) for k, n in ((4, 3), (5, 3), (6, 2), (8, 6))),
+    *(Case(budget=k, terms=n) for k, n in ((4, 3), (5, 3), (6, 4), (8, 6))),
     _LOADS,
 )
 HELD_BACK = (
@@ -86,9 +87,7 @@ HELD_BACK = (
     *(Case(budget=k, folds=8, filters=64, seed=3) for k in (8, 6, 4, 3)),
     Case(budget=4, activation=20.0, seed=4),
     Case(budget=4, weight=20.0, seed=4),
-    Case(budget=5, terms=4, seed=5),
-    Case(budget=6, terms=3, seed=5),
-    Case(budget=8, terms=5, seed=5),
+    *(Case(budget=k, terms=n, seed=3) for k, n in ((5, 4), (6, 3), (8, 5))),
 )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.rtl import opensta
 from benchmarks.rtl.design import Stimulus
-from benchmarks.rtl.edge import WEIGHT_EDGE
+from benchmarks.rtl.edge import weight_edge
 from benchmarks.rtl.energy import measure
 from benchmarks.rtl.gate_simulation import Activity, simulate
 from benchmarks.rtl.netlist import Instance, Netlist, size_clock_gates, structure
@@ -214,11 +214,12 @@ def _first_value(netlist, seed):
 
 @needs_icarus
 def test_the_edge_gives_the_terms_of_a_group_in_its_slots():
-    operands = synthetic((8, 1), folds=1, filters=24, seed=0)
-    for budget in (8, 1):
-        stimulus = WEIGHT_EDGE.drive(operands.by_budget[budget], budget)
-        assert stimulus.measured[1] - stimulus.measured[0] == 24 * budget
-        play_design(WEIGHT_EDGE, stimulus)
+    operands = synthetic((8, 3, 1), folds=1, filters=24, seed=0)
+    for budget, lanes, cycles in ((8, 1, 8), (1, 1, 1), (8, 4, 2), (3, 2, 2)):
+        edge = weight_edge(lanes)
+        stimulus = edge.drive(operands.by_budget[budget], budget)
+        assert stimulus.measured[1] - stimulus.measured[0] == 24 * cycles
+        play_design(edge, stimulus)
 
 
 def test_an_old_opensta_is_refused(monkeypatch):
