@@ -159,7 +159,7 @@ def solve(events: Sequence[dict[str, float]], energies: Sequence[float]) -> dict
 def calibrates(design: Design, case: Case) -> bool:
     """Budgets change nothing in an int8 PE, empty slots little in the edge."""
     if not design.takes_terms:
-        return case.budget == 8
+        return case.budget == 8 and case.terms is None
     return design is not WEIGHT_EDGE or (case.terms is None and case.zeros == 0.4)
 
 

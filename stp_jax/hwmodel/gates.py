@@ -3,27 +3,30 @@
 A table of arithmetic prices an addition; a table measured by gates prices what a whole processing
 element does in a slot: selector, shifter, adders, registers and clock together
 (`benchmarks/rtl_tables.py`). The first terms of a group are its largest and move the most bits, so
-they have entries of their own; a term that meets an activation of zero moves fewer.
+they have entries of their own; a term that meets an activation of zero moves fewer. What moves in a
+multiplier grows with the bits of its activation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 from jax.typing import ArrayLike
 
 from stp_jax.hwmodel.folding import Folding
 from stp_jax.hwmodel.network import Network
-from stp_jax.hwmodel.numbers import Vector, as_real, namespace_of
+from stp_jax.hwmodel.numbers import Operands, Vector, as_real, namespace_of
 from stp_jax.hwmodel.smoothing import smooth_minimum
 from stp_jax.hwmodel.term_histogram import lookup
 
 GROUP_SIZE = 8  # of the measured group PE
 BITS = 8
-LIVE_SHARE = 0.6  # of activations that are not zero, where they are not given
+# Of activations where they are not given: half-Gaussian with 40 % zeros, as in the measurements.
+LIVE_SHARE = 0.6
+MEAN_BITS = 3.0
 
-MAC_EVENTS = ("mac", "mac_live", "mac_load")
+MAC_EVENTS = ("mac", "mac_bit", "mac_load")
 GROUP_EVENTS = (
     "group",
     "group_second_term",
@@ -38,13 +41,31 @@ GROUP_EVENTS = (
 EDGE_EVENTS = ("edge_group", "edge_second_slot", "edge_further_slot")
 
 
-def live_shares(network: Network, activations: Mapping[str, ArrayLike] | None) -> np.ndarray:
+def live_shares(network: Network, activations: Operands | None) -> np.ndarray:
     """Share of each layer's activations that are not zero; 0.6 where they are not given."""
+    return _means(network, activations, lambda a: a != 0, LIVE_SHARE)
 
-    def share(values: ArrayLike | None) -> float:
-        return LIVE_SHARE if values is None else float((np.asarray(values) != 0).mean())
 
-    return np.array([share(lookup(activations or {}, layer)) for layer in network])
+def mean_bits(network: Network, activations: Operands | None) -> np.ndarray:
+    """Mean bits of each layer's activations' magnitudes; 3.0 where they are not given."""
+    return _means(network, activations, lambda a: np.ceil(np.log2(a + 1.0)), MEAN_BITS)
+
+
+def _means(
+    network: Network,
+    activations: Operands | None,
+    of: Callable[[np.ndarray], np.ndarray],
+    default: float,
+) -> np.ndarray:
+    """Means by layer of a function of magnitudes; those of 8 bits are halved, as PEs take int8."""
+
+    def mean(values: ArrayLike | None) -> float:
+        if values is None:
+            return default
+        magnitudes = np.abs(np.asarray(values).astype(np.int64))
+        return float(of(magnitudes // 2 if magnitudes.max() > 127 else magnitudes).mean())
+
+    return np.array([mean(lookup(activations or {}, layer)) for layer in network])
 
 
 def load_cycles(folding: Folding) -> Vector:
@@ -52,12 +73,12 @@ def load_cycles(folding: Folding) -> Vector:
     return folding.folds * folding.rows * folding.rows * folding.cols
 
 
-def mac_events(folding: Folding, live: np.ndarray) -> dict[str, Vector]:
+def mac_events(folding: Folding, bits: np.ndarray) -> dict[str, Vector]:
     """Events of `BitParallel` PEs, real vectors over layers."""
     xp = namespace_of(folding.K)
     return {
         "mac": folding.macs,
-        "mac_live": folding.macs * as_real(live, xp),
+        "mac_bit": folding.macs * as_real(bits, xp),
         "mac_load": load_cycles(folding),
     }
 

@@ -164,7 +164,7 @@ class BitParallel(PE):
             + operand_register_bits(folding, 1.0, macs * self.bits, self.bits),
             encoder=None,
             weight_bits=float(self.bits),
-            gates=gates.mac_events(folding, gates.live_shares(work.network, work.activations))
+            gates=gates.mac_events(folding, gates.mean_bits(work.network, work.activations))
             if self.bits == gates.BITS and folding.dataflow == "is"
             else None,
         )

@@ -70,12 +70,14 @@ def test_slots_without_a_term_are_empty():
     assert counted["group_further_empty_slot"] == pytest.approx(groups * 3)
 
 
-def test_the_share_of_zeros_is_that_of_the_activations():
-    inputs = np.ones((5, 64), np.int64)
+def test_zeros_and_bits_are_those_of_the_activations():
+    inputs = np.full((5, 64), 5)
     inputs[:, ::4] = 0
-    macs = 64 * 16 * 5
-    assert _count("mac_live", MAC_ARRAY) == pytest.approx(0.6 * macs)
-    assert _count("mac_live", MAC_ARRAY, activations={"fc": inputs}) == pytest.approx(0.75 * macs)
+    macs, live = 64 * 16 * 5, 64 // 8 * 16 * 5
+    assert _count("mac_bit", MAC_ARRAY) == pytest.approx(3.0 * macs)
+    assert _count("mac_bit", MAC_ARRAY, activations={"fc": inputs}) == pytest.approx(2.25 * macs)
+    given = {"activations": {"fc": inputs}, "budgets": 2}
+    assert _count("group_live_term", **given) == pytest.approx(0.75 * live)
 
 
 def test_the_edge_serialises_every_group_that_is_read():
