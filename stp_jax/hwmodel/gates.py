@@ -104,7 +104,9 @@ def group_events(
       smoothing: see `evaluate`.
     """
     xp = namespace_of(folding.K)
-    first, second, third = (held(smooth_minimum(budgets, n, smoothing)) for n in (1.0, 2.0, 3.0))
+    first, second, third = (
+        held(xp.asarray(smooth_minimum(budgets, n, smoothing))) for n in (1.0, 2.0, 3.0)
+    )
     terms, live = held(budgets), as_real(live, xp)
     # Groups of at least one term whose last slot is empty; a group without any has nothing to end.
     ending = first - (terms - held(xp.maximum(budgets - 1.0, 0.0)))

@@ -138,8 +138,8 @@ class GroupPE(PE):
         budgets = self._resolve_budgets(work, statistics)
         k = budgets.k
         if isinstance(k, np.ndarray):
-            held = statistics.largest_of(budgets.counts)
-            _check_budgets(network, self, budgets, held, relaxed=work.smoothing > 0.0)
+            largest = statistics.largest_of(budgets.counts)
+            _check_budgets(network, self, budgets, largest, relaxed=work.smoothing > 0.0)
         known = xp.asarray(statistics.measured)
         # By entry, that is by layer or by filter, until they are summed.
         groups = budgets.share(folding.groups * folding.reduction_steps * folding.M)

@@ -162,6 +162,48 @@ HOROWITZ_45NM = Technology(
     ),
 )
 
+_NANGATE = (
+    "`python benchmarks/rtl_tables.py --liberty nangate45_typical.lib --node-nm 45`: gates of "
+    "rtl/mac_pe.v, gpe.v and weight_edge.v in the Nangate 45 nm Open Cell Library, 1.1 V, 2 ns, "
+    "1 fF of wire per pin"
+)
+_GATES_45NM = {
+    "mac": 2.319,
+    "mac_bit": 0.1246,
+    "mac_load": 0.8801,
+    "group": 2.465,
+    "group_second_term": 2.177,
+    "group_third_term": 2.07,
+    "group_further_term": 1.584,
+    "group_live_term": 0.8636,
+    "group_live_pair": 1.284,
+    "group_first_empty_slot": 2.361,
+    "group_further_empty_slot": 0.3273,
+    "group_load": 1.411,
+    "edge_group": 1.56,
+    "edge_second_slot": 1.659,
+    "edge_further_slot": 0.9728,
+}
+_GATES_AREA_45NM = {
+    "bit_parallel_pe": 1256.0,
+    "group_pe_8": 1140.0,
+    "row_edge_8": 1325.0,
+}
+_MEMORY = (*_SRAM_BYTES, "dram_64b")
+
+NANGATE_45NM_GATES = Technology(
+    name="45 nm by gates",
+    node_nm=45.0,
+    basis="gates",
+    energy_pj=_GATES_45NM | {entry: HOROWITZ_45NM.energy_pj[entry] for entry in _MEMORY},
+    area_um2=_GATES_AREA_45NM,
+    sources=(
+        *((f"energy_pj.{entry}", _NANGATE) for entry in _GATES_45NM),
+        *((f"area_um2.{entry}", _NANGATE) for entry in _GATES_AREA_45NM),
+        *((f"energy_pj.{entry}", _ENERGY_45NM[entry][1]) for entry in _MEMORY),
+    ),
+)
+
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
