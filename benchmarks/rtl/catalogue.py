@@ -7,6 +7,7 @@ import functools
 from benchmarks.rtl.design import PRODUCT, VERILOG, Design
 from benchmarks.rtl.stimuli import (
     drive_group,
+    drive_lanes,
     drive_mac,
     drive_mac_dot,
     drive_serial,
@@ -100,6 +101,20 @@ def _unsigned_dot(form: str, *, lanes: int, groups: int = 1, columns: int = 1) -
     )
 
 
+def _product_lanes(lanes: int) -> Design:
+    """The product's element of several lanes."""
+    return Design(
+        name=f"gpe_lanes_{lanes}",
+        title=f"group PE, {lanes} terms a cycle, complements in offset form (the product's)",
+        top="gpe_lanes",
+        sources=(PRODUCT / "carry_save.v", PRODUCT / "gpe_lanes.v"),
+        parameters={"GROUP": 8, "LANES": lanes, "PSUM": 28},
+        group=8,
+        driver=functools.partial(drive_lanes, lanes=lanes),
+        rate=lambda budget: 8 / passes(budget, lanes),
+    )
+
+
 _MAC_TITLES = {
     "plain": "array multiplier",
     "offset": "sign and magnitude, offset form",
@@ -167,6 +182,7 @@ _ALL = (
         )
     ),
     _unsigned_dot("split", lanes=4, groups=2, columns=4),
+    *(_product_lanes(lanes) for lanes in (2, 4, 8)),
 )
 
 DESIGNS = {design.name: design for design in _ALL}

@@ -514,6 +514,24 @@ def drive_term_dot(
     )
 
 
+def drive_lanes(operands: Operands, budget: int, *, lanes: int, psum: int = 28) -> Stimulus:
+    """The product's element of several lanes: as `drive_term_dot` in offset form, ports apart."""
+    joined = drive_term_dot(operands, budget, lanes=lanes, form="offset", psum=psum)
+    group = operands.weights.shape[-1]
+    fields = {"exponent": 3, "negative": 1, "select": group}
+    words = joined.inputs["terms_in"]
+    ports = {f"{name}_in": np.zeros(len(words), object) for name in fields}
+    for lane in range(lanes):
+        low = lane * sum(fields.values())
+        for name, bits in fields.items():
+            ports[f"{name}_in"] += (words >> low & (1 << bits) - 1) << lane * bits
+            low += bits
+    inputs = {n: v for n, v in joined.inputs.items() if n != "terms_in"} | ports
+    widths = {n: w for n, w in joined.widths.items() if n != "terms_in"}
+    widths |= {f"{name}_in": lanes * bits for name, bits in fields.items()}
+    return dataclasses.replace(joined, inputs=inputs, widths=widths)
+
+
 def _offsets(
     slots: dict[str, npt.NDArray[np.int64]], zero_point: int, form: str
 ) -> npt.NDArray[np.int64]:
