@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
-from benchmarks.rtl.design import PRODUCT, VERILOG, Design
+from benchmarks.rtl import rivals
+from benchmarks.rtl.design import PRODUCT, VERILOG, Design, Operands, Stimulus
 from benchmarks.rtl.stimuli import (
     drive_group,
     drive_lanes,
@@ -115,6 +117,44 @@ def _product_lanes(lanes: int) -> Design:
     )
 
 
+# Name, title, stimulus, multiplications a cycle by budget, whether it takes terms. Where that
+# rate depends on the weights it is the mean over Gaussian ones (`operands.synthetic`).
+_RIVALS: tuple[tuple[str, str, Callable, Callable[[int], float], bool], ...] = (
+    ("stripes", "Stripes, weights serial", rivals.drive_stripes, lambda k: 1.0, False),
+    ("pragmatic", "Bit-Pragmatic, weights serial", rivals.drive_pragmatic, lambda k: 1.84, False),
+    ("bitwave", "BitWave", rivals.drive_bitwave, lambda k: 1.25, False),
+    ("bitvert", "BitVert, nothing pruned", rivals.drive_bitvert, lambda k: 1.0, False),
+    (
+        "term_mac",
+        "term revealing's tMAC, 3 terms an activation",
+        rivals.drive_term_mac,
+        lambda k: 8 / (k * rivals.DATA_TERMS),
+        True,
+    ),
+)
+
+
+def _rival(
+    name: str,
+    title: str,
+    driver: Callable[[Operands, int], Stimulus],
+    rate: Callable[[int], float],
+    takes_terms: bool,
+) -> Design:
+    """A rival's PE of eight lanes."""
+    return Design(
+        name=name,
+        title=title,
+        top=f"{name}_pe",
+        sources=(PRODUCT / "carry_save.v", VERILOG / "late_sum.v", VERILOG / f"{name}_pe.v"),
+        parameters={"PSUM": rivals.PSUM},
+        group=8,
+        driver=driver,
+        rate=rate,
+        takes_terms=takes_terms,
+    )
+
+
 _MAC_TITLES = {
     "plain": "array multiplier",
     "offset": "sign and magnitude, offset form",
@@ -182,6 +222,7 @@ _ALL = (
         )
     ),
     _unsigned_dot("split", lanes=4, groups=2, columns=4),
+    *(_rival(*rival) for rival in _RIVALS),
     *(_product_lanes(lanes) for lanes in (2, 4, 8)),
 )
 

@@ -55,14 +55,19 @@ def terms(weights: npt.NDArray[np.integer], slots: int) -> dict[str, npt.NDArray
 class Schedule:
     """Cycles of reset, loads and streaming for folds of ``steps`` cycles; fills ports by fold."""
 
-    def __init__(self, folds: int, steps: int, *, tail: int = 4) -> None:
-        self.folds, self.steps = folds, steps
-        self.fold_cycles = ROWS + steps
-        self.cycles = RESET + folds * self.fold_cycles + tail
-        self.measured = (RESET, RESET + folds * self.fold_cycles)
-        starts = RESET + np.arange(folds) * self.fold_cycles
+    def __init__(self, folds: int, steps: int | npt.NDArray[np.integer], *, tail: int = 4) -> None:
+        """Folds of as many steps each, or of their own number: `stream` is then flat."""
+        each = np.broadcast_to(steps, folds)
+        ends = RESET + np.cumsum(ROWS + each)
+        starts = ends - ROWS - each
+        self.folds = folds
+        self.cycles = int(ends[-1]) + tail
+        self.measured = (RESET, int(ends[-1]))
         self.load = starts[:, None] + np.arange(ROWS)
-        self.stream = starts[:, None] + ROWS + np.arange(steps)  # [folds, steps]
+        streams = [start + ROWS + np.arange(n) for start, n in zip(starts, each, strict=True)]
+        self.stream = np.concatenate(streams)
+        if np.ndim(steps) == 0:
+            self.stream = self.stream.reshape(folds, -1)
 
     def port(self, values: npt.NDArray, cycles: npt.NDArray, *, hold: bool = False) -> npt.NDArray:
         """A port with ``values`` at ``cycles``; elsewhere zero, or what it was before."""
