@@ -159,6 +159,7 @@ _MAC_TITLES = {
     "plain": "array multiplier",
     "offset": "sign and magnitude, offset form",
     "booth": "radix-4 Booth, offset form",
+    "quiet_booth": "radix-4 Booth, zero activations still",
 }
 
 
@@ -205,7 +206,7 @@ _ALL = (
     _serial("offset", 32),
     *(
         _mac_dot(lanes=lanes, columns=columns, form=form)
-        for form in ("plain", "offset", "booth")
+        for form in ("plain", "offset", "booth", "quiet_booth")
         for lanes, columns in ((1, 1), (8, 1), (16, 4))
     ),
     _term_dot(lanes=2),

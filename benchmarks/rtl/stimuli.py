@@ -369,6 +369,7 @@ _MAC_FORMS = {
     "plain": (_twos_complement, _no_offset),
     "offset": (_sign_and_magnitude, _complement_offset),
     "booth": (_booth, _booth_offset),
+    "quiet_booth": (_booth, _no_offset),
 }
 
 
@@ -389,8 +390,9 @@ def drive_mac_dot(
       budget: does not matter.
       lanes: of the PE.
       columns: that share the weights.
-      form: ``plain``: two's complement; ``offset``: sign and magnitude; ``booth``: radix-4 digits.
-        The latter two take unsigned activations and add what depends on the weights alone.
+      form: ``plain``: two's complement; ``offset``: sign and magnitude; ``booth`` and
+        ``quiet_booth``: radix-4 digits. ``offset`` and ``booth`` take unsigned activations and add
+        what depends on the weights alone.
       latency: cycles from the weights to their sum.
       psum: bits of a partial sum.
     """
@@ -399,7 +401,8 @@ def drive_mac_dot(
     folds, filters = tiled.weights.shape[:2]
     encode, offset = _MAC_FORMS[form]
     resident = tiled.activations.reshape(folds, columns * lanes)
-    zero_point = 128 if form != "plain" and resident.min() < 0 else 0
+    unsigned_form = form in ("offset", "booth")
+    zero_point = 128 if unsigned_form and resident.min() < 0 else 0
     weights = tiled.weights.astype(np.int64)
     words, bits = encode(weights)
     extra = (offset(weights) + zero_point * weights).sum(axis=-1)
