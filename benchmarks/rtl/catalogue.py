@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
-from benchmarks.rtl.design import PRODUCT, VERILOG, Design
+from benchmarks.rtl import rivals
+from benchmarks.rtl.design import PRODUCT, VERILOG, Design, Operands, Stimulus
 from benchmarks.rtl.stimuli import (
     drive_group,
+    drive_lanes,
     drive_mac,
     drive_mac_dot,
     drive_serial,
@@ -100,10 +103,63 @@ def _unsigned_dot(form: str, *, lanes: int, groups: int = 1, columns: int = 1) -
     )
 
 
+def _product_lanes(lanes: int) -> Design:
+    """The product's element of several lanes."""
+    return Design(
+        name=f"gpe_lanes_{lanes}",
+        title=f"group PE, {lanes} terms a cycle, complements in offset form (the product's)",
+        top="gpe_lanes",
+        sources=(PRODUCT / "carry_save.v", PRODUCT / "gpe_lanes.v"),
+        parameters={"GROUP": 8, "LANES": lanes, "PSUM": 28},
+        group=8,
+        driver=functools.partial(drive_lanes, lanes=lanes),
+        rate=lambda budget: 8 / passes(budget, lanes),
+    )
+
+
+# Name, title, stimulus, multiplications a cycle by budget, whether it takes terms. Where that
+# rate depends on the weights it is the mean over Gaussian ones (`operands.synthetic`).
+_RIVALS: tuple[tuple[str, str, Callable, Callable[[int], float], bool], ...] = (
+    ("stripes", "Stripes, weights serial", rivals.drive_stripes, lambda k: 1.0, False),
+    ("pragmatic", "Bit-Pragmatic, weights serial", rivals.drive_pragmatic, lambda k: 1.84, False),
+    ("bitwave", "BitWave", rivals.drive_bitwave, lambda k: 1.25, False),
+    ("bitvert", "BitVert, nothing pruned", rivals.drive_bitvert, lambda k: 1.0, False),
+    (
+        "term_mac",
+        "term revealing's tMAC, 3 terms an activation",
+        rivals.drive_term_mac,
+        lambda k: 8 / (k * rivals.DATA_TERMS),
+        True,
+    ),
+)
+
+
+def _rival(
+    name: str,
+    title: str,
+    driver: Callable[[Operands, int], Stimulus],
+    rate: Callable[[int], float],
+    takes_terms: bool,
+) -> Design:
+    """A rival's PE of eight lanes."""
+    return Design(
+        name=name,
+        title=title,
+        top=f"{name}_pe",
+        sources=(PRODUCT / "carry_save.v", VERILOG / "late_sum.v", VERILOG / f"{name}_pe.v"),
+        parameters={"PSUM": rivals.PSUM},
+        group=8,
+        driver=driver,
+        rate=rate,
+        takes_terms=takes_terms,
+    )
+
+
 _MAC_TITLES = {
     "plain": "array multiplier",
     "offset": "sign and magnitude, offset form",
     "booth": "radix-4 Booth, offset form",
+    "quiet_booth": "radix-4 Booth, zero activations still",
 }
 
 
@@ -150,7 +206,7 @@ _ALL = (
     _serial("offset", 32),
     *(
         _mac_dot(lanes=lanes, columns=columns, form=form)
-        for form in ("plain", "offset", "booth")
+        for form in ("plain", "offset", "booth", "quiet_booth")
         for lanes, columns in ((1, 1), (8, 1), (16, 4))
     ),
     _term_dot(lanes=2),
@@ -167,6 +223,8 @@ _ALL = (
         )
     ),
     _unsigned_dot("split", lanes=4, groups=2, columns=4),
+    *(_rival(*rival) for rival in _RIVALS),
+    *(_product_lanes(lanes) for lanes in (2, 4, 8)),
 )
 
 DESIGNS = {design.name: design for design in _ALL}

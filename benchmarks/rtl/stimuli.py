@@ -55,14 +55,19 @@ def terms(weights: npt.NDArray[np.integer], slots: int) -> dict[str, npt.NDArray
 class Schedule:
     """Cycles of reset, loads and streaming for folds of ``steps`` cycles; fills ports by fold."""
 
-    def __init__(self, folds: int, steps: int, *, tail: int = 4) -> None:
-        self.folds, self.steps = folds, steps
-        self.fold_cycles = ROWS + steps
-        self.cycles = RESET + folds * self.fold_cycles + tail
-        self.measured = (RESET, RESET + folds * self.fold_cycles)
-        starts = RESET + np.arange(folds) * self.fold_cycles
+    def __init__(self, folds: int, steps: int | npt.NDArray[np.integer], *, tail: int = 4) -> None:
+        """Folds of as many steps each, or of their own number: `stream` is then flat."""
+        each = np.broadcast_to(steps, folds)
+        ends = RESET + np.cumsum(ROWS + each)
+        starts = ends - ROWS - each
+        self.folds = folds
+        self.cycles = int(ends[-1]) + tail
+        self.measured = (RESET, int(ends[-1]))
         self.load = starts[:, None] + np.arange(ROWS)
-        self.stream = starts[:, None] + ROWS + np.arange(steps)  # [folds, steps]
+        streams = [start + ROWS + np.arange(n) for start, n in zip(starts, each, strict=True)]
+        self.stream = np.concatenate(streams)
+        if np.ndim(steps) == 0:
+            self.stream = self.stream.reshape(folds, -1)
 
     def port(self, values: npt.NDArray, cycles: npt.NDArray, *, hold: bool = False) -> npt.NDArray:
         """A port with ``values`` at ``cycles``; elsewhere zero, or what it was before."""
@@ -364,6 +369,7 @@ _MAC_FORMS = {
     "plain": (_twos_complement, _no_offset),
     "offset": (_sign_and_magnitude, _complement_offset),
     "booth": (_booth, _booth_offset),
+    "quiet_booth": (_booth, _no_offset),
 }
 
 
@@ -384,8 +390,9 @@ def drive_mac_dot(
       budget: does not matter.
       lanes: of the PE.
       columns: that share the weights.
-      form: ``plain``: two's complement; ``offset``: sign and magnitude; ``booth``: radix-4 digits.
-        The latter two take unsigned activations and add what depends on the weights alone.
+      form: ``plain``: two's complement; ``offset``: sign and magnitude; ``booth`` and
+        ``quiet_booth``: radix-4 digits. ``offset`` and ``booth`` take unsigned activations and add
+        what depends on the weights alone.
       latency: cycles from the weights to their sum.
       psum: bits of a partial sum.
     """
@@ -394,7 +401,8 @@ def drive_mac_dot(
     folds, filters = tiled.weights.shape[:2]
     encode, offset = _MAC_FORMS[form]
     resident = tiled.activations.reshape(folds, columns * lanes)
-    zero_point = 128 if form != "plain" and resident.min() < 0 else 0
+    unsigned_form = form in ("offset", "booth")
+    zero_point = 128 if unsigned_form and resident.min() < 0 else 0
     weights = tiled.weights.astype(np.int64)
     words, bits = encode(weights)
     extra = (offset(weights) + zero_point * weights).sum(axis=-1)
@@ -512,6 +520,24 @@ def drive_term_dot(
         multiplications=tiled.multiplications,
         measured=plan.measured,
     )
+
+
+def drive_lanes(operands: Operands, budget: int, *, lanes: int, psum: int = 28) -> Stimulus:
+    """The product's element of several lanes: as `drive_term_dot` in offset form, ports apart."""
+    joined = drive_term_dot(operands, budget, lanes=lanes, form="offset", psum=psum)
+    group = operands.weights.shape[-1]
+    fields = {"exponent": 3, "negative": 1, "select": group}
+    words = joined.inputs["terms_in"]
+    ports = {f"{name}_in": np.zeros(len(words), object) for name in fields}
+    for lane in range(lanes):
+        low = lane * sum(fields.values())
+        for name, bits in fields.items():
+            ports[f"{name}_in"] += (words >> low & (1 << bits) - 1) << lane * bits
+            low += bits
+    inputs = {n: v for n, v in joined.inputs.items() if n != "terms_in"} | ports
+    widths = {n: w for n, w in joined.widths.items() if n != "terms_in"}
+    widths |= {f"{name}_in": lanes * bits for name, bits in fields.items()}
+    return dataclasses.replace(joined, inputs=inputs, widths=widths)
 
 
 def _offsets(

@@ -116,6 +116,9 @@ _SHIFTER = (
     "library"
 )
 _SYNTHESIS = "synthesis to the Nangate 45 nm Open Cell Library, area only"
+_LANES = (
+    "synthesis of rtl/gpe_lanes.v to the Nangate 45 nm Open Cell Library, partial sums of 28 bits"
+)
 
 _ENERGY_45NM: dict[str, tuple[float, str]] = {
     "int8_add": (0.03, _HOROWITZ),
@@ -138,6 +141,8 @@ _AREA_45NM: dict[str, tuple[float, str]] = {
     "bit_parallel_pe": (1030.0, _SYNTHESIS),
     "term_lane": (462.0, _SYNTHESIS),
     "group_pe_8": (1014.0, f"{_SYNTHESIS}; 8 resident activations"),
+    "group_pe_8_of_2_lanes": (943.5, f"{_LANES}; 2 lanes"),
+    "group_pe_8_of_8_lanes": (2425.9, f"{_LANES}; 8 lanes"),
     "int8_add": (36.0, _DALLY),
     "int16_add": (67.0, _DALLY),
     "int32_add": (137.0, _DALLY),

@@ -31,6 +31,8 @@ module gpe_lanes #(
     input      [PSUM-1:0]             psum_in,
     output reg [PSUM-1:0]             psum
 );
+    localparam TERM = 2 * WIDTH - 1;
+
     reg  [GROUP*WIDTH-1:0] activations;
     wire [(LANES+1)*PSUM-1:0] words;
     wire [PSUM-1:0] sum, carry, total;
@@ -47,8 +49,9 @@ module gpe_lanes #(
                                            & {WIDTH{select_in[l*GROUP + i]}});
             end
             wire [WIDTH-1:0] operand = selected ^ {WIDTH{negative_in[l]}};
-            assign words[l*PSUM +: PSUM] =
-                {{(PSUM-WIDTH){1'b0}}, operand} << exponent_in[l*EXPONENT +: EXPONENT];
+            wire [TERM-1:0] shifted =
+                {{(TERM-WIDTH){1'b0}}, operand} << exponent_in[l*EXPONENT +: EXPONENT];
+            assign words[l*PSUM +: PSUM] = {{(PSUM-TERM){1'b0}}, shifted};
         end
     endgenerate
     assign words[LANES*PSUM +: PSUM] = psum_in;
