@@ -571,6 +571,30 @@ def conv_patches(
       ``[pixels, window positions, in]`` in the dtype of x.
     """
     window = kernel.shape[:-2]
+    count = len(window)
+    if any(step != 1 for step in kwargs.get("lhs_dilation") or ()):
+        return _dilated_input_patches(x, window, window_strides, padding, **kwargs)
+    dilation = tuple(kwargs.get("rhs_dilation") or (1,) * count)
+    spans = tuple((size - 1) * step + 1 for size, step in zip(window, dilation, strict=True))
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(x.shape[1:-1], spans, window_strides, padding)
+    widths = [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)]
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), widths)
+    last = [size - span + 1 for size, span in zip(x.shape[1:-1], spans, strict=True)]
+    views = []
+    for position in np.ndindex(*window):
+        starts = [p * step for p, step in zip(position, dilation, strict=True)]
+        view = tuple(
+            slice(start, start + end, stride)
+            for start, end, stride in zip(starts, last, window_strides, strict=True)
+        )
+        views.append(x[(slice(None), *view)].reshape(-1, x.shape[-1]))
+    return jnp.stack(views, axis=1)
+
+
+def _dilated_input_patches(
+    x: jax.Array, window: tuple[int, ...], window_strides: Any, padding: Any, **kwargs: Any
+) -> jax.Array:
     patches = jax.lax.conv_general_dilated_patches(
         x,
         window,

@@ -19,11 +19,12 @@ from stp_jax.terms.quantizers import WeightFormat
 
 
 def damped_gram(gram: jax.Array, damping: jax.Array) -> jax.Array:
-    """The gram matrix with ``damping`` times the mean of its diagonal added there."""
+    """The gram matrix with ``damping`` times the mean of its positive diagonal added there."""
     diagonal = jnp.diagonal(gram)
+    fires = diagonal > 0
+    mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(fires), 1) + jnp.float32(1e-12)
     # Inputs that never fire leave a row of zeros: nothing is known of it but its own weight.
-    known = jnp.where(diagonal > 0, diagonal, jnp.mean(diagonal) + jnp.float32(1e-12))
-    return gram + jnp.diag(known - diagonal + damping * jnp.mean(known))
+    return gram + jnp.diag(jnp.where(fires, 0.0, mean) + damping * mean)
 
 
 def inverse_factor(gram: jax.Array) -> jax.Array:

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from stp_jax.terms.compensation import (
-    compensated_integers,
     check_compensation,
+    compensated_integers,
     damped_gram,
     inverse_factor,
 )
@@ -95,17 +95,19 @@ def _sweep_steps(gram: jax.Array, size: int) -> _Steps:
 
 
 @functools.partial(jax.jit, static_argnames=("fmt", "beam", "neighbours"))
-def _settle(w, x, integers, scale, gram, steps, budget, *, fmt: WeightFormat, beam, neighbours):
-    """Settles all groups in turn: new integers for present weights x, all ``[K, outputs]``.
+def _settle(
+    w, x, integers, scale, gram, steps, count, budget, *, fmt: WeightFormat, beam, neighbours
+):
+    """Settles the first groups in turn: new integers for present weights x, all ``[K, outputs]``.
 
     The target of a group is where its rows of H would feel no error; in a sequence, whose later
     weights answer at once, that is where its weights already are.
     """
-    size, outputs = fmt.group_size, w.shape[1]
+    size = fmt.group_size
 
-    def step(state: tuple[jax.Array, jax.Array], now: tuple) -> tuple:
+    def step(j: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x, integers = state
-        start, curvature, spread = now
+        start, curvature, spread = j * size, steps.curvature[j], steps.spread[j]
         rows = jax.lax.dynamic_slice_in_dim(gram, start, size)
         block = jax.lax.dynamic_slice_in_dim(rows, start, size, axis=1)
         felt = jnp.matmul(rows, w - x, precision="highest")
@@ -122,17 +124,19 @@ def _settle(w, x, integers, scale, gram, steps, budget, *, fmt: WeightFormat, be
         settled = scale[None] * found.astype(w.dtype)
         x = x + jnp.matmul(spread, goal - settled, precision="highest")
         x = jax.lax.dynamic_update_slice_in_dim(x, settled, start, axis=0)
-        return (x, jax.lax.dynamic_update_slice_in_dim(integers, found, start, axis=0)), None
+        return x, jax.lax.dynamic_update_slice_in_dim(integers, found, start, axis=0)
 
-    starts = jnp.arange(0, len(w), size)
-    (_, integers), _ = jax.lax.scan(step, (x, integers), (starts, *steps))
-    return integers
+    return jax.lax.fori_loop(0, count, step, (x, integers))[1]
 
 
-def _order(gram: jax.Array, size: int) -> jax.Array:
-    """The rows of all groups, the group of the strongest inputs first."""
+@functools.partial(jax.jit, static_argnums=2)
+def _order(gram: jax.Array, w: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """The rows of all groups, the strongest inputs first, and how many groups are not empty."""
     strength = jnp.sum(jnp.diagonal(gram).reshape(-1, size), axis=1)
-    return (jnp.argsort(-strength)[:, None] * size + jnp.arange(size)[None]).reshape(-1)
+    used = (strength > 0) | jnp.any(w != 0, axis=(1, 2))
+    order = jnp.argsort(jnp.where(used, -strength, 1.0))
+    rows = (order[:, None] * size + jnp.arange(size)[None]).reshape(-1)
+    return rows, jnp.sum(used, dtype=jnp.int32)
 
 
 def project_second_order(
@@ -190,11 +194,11 @@ def project_second_order(
 def _project(w, scale, gram, budget, damping, sweeps, fit_scale, settle, fmt) -> SecondOrderFit:
     size = fmt.group_size
     compensated = compensated_integers(w, scale, gram, budget, damping, fmt)
+    order, count = _order(gram, w, size)
     gram = damped_gram(gram, damping)
-    order = _order(gram, size)
     gram, flat = gram[order][:, order], w.reshape(len(order), -1)[order]
     known = compensated.reshape(flat.shape)[order]
-    found = settle(flat, flat, known, scale, gram, _sequence_steps(gram, size), budget)
+    found = settle(flat, flat, known, scale, gram, _sequence_steps(gram, size), count, budget)
     # Each group is no worse by search; but where that leads, later ones may be.
     better = output_error(flat, scale, found, gram) < output_error(flat, scale, known, gram)
     integers = jnp.where(better[None], found, known)
@@ -203,7 +207,7 @@ def _project(w, scale, gram, budget, damping, sweeps, fit_scale, settle, fmt) ->
         if fit_scale:
             scale = best_scale(flat, scale, integers, gram)
         x = scale[None] * integers.astype(flat.dtype)
-        integers = settle(flat, x, integers, scale, gram, steps, budget)
+        integers = settle(flat, x, integers, scale, gram, steps, count, budget)
     if fit_scale:
         scale = best_scale(flat, scale, integers, gram)
     error = output_error(flat, scale, integers, gram)
