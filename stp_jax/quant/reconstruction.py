@@ -2,10 +2,10 @@
 
 The model as float and the model as projected run side by side, layer after layer, on the same
 examples: every batch is doubled, and what the two halves hold parts at the first quantized layer.
-Where a layer runs, its inputs are known in the projected model (X) and in the float one (Z), and its
-kernel is decided before the next layer runs: the few-term values, scales and bias for which X V is
-nearest to Z W. So a layer makes up for what the layers before it did to its inputs, as in GPTAQ (Li
-et al., arXiv 2504.02692) and QEP (Arai & Ichikawa, arXiv 2504.09629). With H = X'X it is the
+Where a layer runs, its inputs are known in the projected model (X) and in the float one (Z), and
+its kernel is decided before the next layer runs: the few-term values, scales and bias for which X V
+is nearest to Z W. So a layer makes up for what the layers before it did to its inputs, as in GPTAQ
+(Li et al., arXiv 2504.02692) and QEP (Arai & Ichikawa, arXiv 2504.09629). With H = X'X it is the
 projection of W + H⁻¹X'(Z - X)W under the curvature H (`stp_jax.terms.project_second_order`).
 
 Means are left to the bias, or to the running mean of the BatchNorm that follows; its variance and
@@ -28,17 +28,17 @@ from stp_jax.hooks import Hooks, KernelLayer
 from stp_jax.quant.bias import find_batch_norms
 from stp_jax.quant.budgets import set_budgets
 from stp_jax.quant.calibration import call_model, check_batches
-from stp_jax.quant.layers import QuantizedLayer, check_paths, quantized_layers
-from stp_jax.terms.compensation import damped_gram
+from stp_jax.quant.layers import QuantizedLayer, quantized_layers
+from stp_jax.terms.compensation import check_damping, damped_gram
 from stp_jax.terms.groups import GroupLayout
 from stp_jax.terms.lattice import check_search
 from stp_jax.terms.quantizers import WeightFormat, max_scale, search_scale
-from stp_jax.terms.second_order import project_second_order
+from stp_jax.terms.second_order import check_sweeps, project_second_order
 
-_CHUNK = 16  # examples whose windows are in memory at a time
 _BLOCK = 256  # outputs that are projected at a time
 _DAMPINGS = (0.1, 1.0, 10.0)  # tried beside the least one
-_ROWS = 1 << 15  # rows of inputs that moments are taken over, at most about
+_ROWS = (1 << 12, 1 << 15)  # least and most pixels that moments are taken over
+_ROWS_PER_INPUT = 64
 
 
 class Moments(NamedTuple):
@@ -102,58 +102,65 @@ class _Rows:
 
 
 @jax.jit
-def _sums(rows: jax.Array, drift: jax.Array, weight: jax.Array) -> tuple[jax.Array, Moments]:
-    """Summed moments of rows [n, G, K]."""
-    weighted = rows * weight[:, None, None]
+def _sums(rows: jax.Array, other: jax.Array, weight: jax.Array) -> tuple[jax.Array, Moments]:
+    """Summed moments of rows [n, G, K] of X and Z."""
+    drift, weight = other - rows, weight[:, None, None]
     product = functools.partial(jnp.einsum, "ngk,ngl->gkl", precision="highest")
     moments = Moments(
-        jnp.sum(weighted, axis=0),
-        jnp.sum(drift * weight[:, None, None], axis=0),
-        product(weighted, rows),
-        product(weighted, drift),
+        jnp.sum(rows * weight, axis=0),
+        jnp.sum(drift * weight, axis=0),
+        product(rows * weight, rows),
+        product(rows * weight, drift),
     )
     return jnp.sum(weight), moments
-
-
-def _windows(layer: KernelLayer, x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any):
-    """Inputs as float32 rows [n, G, K], K in the order of the kernel's axes but the last."""
-    if layer.kind == "dense":
-        return x.reshape(-1, 1, x.shape[-1]).astype(jnp.float32)
-    patches = hooks.conv_patches(x, kernel, *args, **kwargs)
-    by_group = patches.reshape(*patches.shape[:2], layer.feature_groups, -1)
-    return jnp.swapaxes(by_group, 1, 2).reshape(
-        len(patches), layer.feature_groups, -1
-    ).astype(jnp.float32)
 
 
 class _Seen(NamedTuple):
     """Moments over all examples, and over two halves of them for cross-validation."""
 
     whole: Moments
-    halves: tuple[Moments, Moments] | None  # None where there is one example only
+    halves: tuple[Moments, ...] | None  # None where there is one example only
 
 
-def _moments(windows: Callable, x: jax.Array, z: jax.Array, weight, rows: int = _ROWS) -> _Seen:
-    """Moments over at most about ``rows`` rows, drawn evenly from all examples."""
-    chunk = max(1, min(_CHUNK, len(x) // 2))
-    rng, parts = np.random.default_rng(0), []
-    for start in range(0, len(x), chunk):
-        examples = slice(start, start + chunk)
-        seen, other = windows(x[examples]), windows(z[examples])
-        number = max(1, rows * len(x[examples]) // len(x))
-        kept = np.arange(len(seen))
-        if number < len(seen):
-            kept = np.sort(rng.choice(len(seen), number, replace=False))
-        local = jnp.ones(len(kept), jnp.float32)
+def _input_rows(
+    layer: KernelLayer, x: jax.Array, pixels: np.ndarray, kernel: jax.Array, *args: Any, **kwargs
+) -> jax.Array:
+    """Inputs of output pixels, float32 [n, G, K], K in the order of the kernel's axes but one."""
+    if layer.kind == "dense":
+        patches = x.reshape(-1, x.shape[-1])[pixels][:, None]
+    else:
+        patches = hooks.conv_patches(x, kernel, *args, pixels=pixels, **kwargs)
+    by_group = patches.reshape(*patches.shape[:2], layer.feature_groups, -1)
+    rows = jnp.swapaxes(by_group, 1, 2).reshape(len(patches), layer.feature_groups, -1)
+    return rows.astype(jnp.float32)
+
+
+def _draw(positions: tuple[int, ...], inputs: int) -> list[np.ndarray]:
+    """Pixels of even and of odd examples, enough for the moments of so many inputs."""
+    every = np.arange(int(np.prod(positions)))
+    example = every // max(1, int(np.prod(positions[1:])))
+    wanted = int(np.clip(_ROWS_PER_INPUT * inputs, *_ROWS)) // 2
+    rng, drawn = np.random.default_rng(0), []
+    for parity in range(min(2, positions[0])):
+        part = every[example % 2 == parity]
+        drawn.append(np.sort(rng.choice(part, min(wanted, len(part)), replace=False)))
+    return drawn
+
+
+def _moments(rows: Callable, x, z, positions: tuple[int, ...], inputs: int, weight) -> _Seen:
+    """Moments over pixels drawn at random; ``rows(x, pixels)`` gives their inputs."""
+    parts = []
+    for pixels in _draw(positions, inputs):
+        local = jnp.ones(len(pixels), jnp.float32)
         if weight is not None:
-            local = weight[examples].reshape(-1)[kept]
-        parts.append(_sums(seen[kept], other[kept] - seen[kept], local))
+            local = weight.reshape(-1)[pixels].astype(jnp.float32)
+        parts.append(_sums(rows(x, pixels), rows(z, pixels), local))
 
     def mean(parts: list[tuple[jax.Array, Moments]]) -> Moments:
         total, moments = jax.tree.map(lambda *xs: functools.reduce(jnp.add, xs), *parts)
         return jax.tree.map(lambda moment: moment / jnp.maximum(total, 1e-30), moments)
 
-    halves = (mean(parts[::2]), mean(parts[1::2])) if len(parts) > 1 else None
+    halves = tuple(mean([part]) for part in parts) if len(parts) > 1 else None
     return _Seen(mean(parts), halves)
 
 
@@ -190,28 +197,31 @@ def _filled(x: jax.Array, *extents: int) -> jax.Array:
 def _project_block(w, gram, budget, fmt: WeightFormat, search: _Search):
     """Integers and scales of few-term values for real weights ``[K', M]`` under a gram."""
     importance = jnp.diagonal(gram)[:, None]
-    scale = search_scale(w, budget, axes=(0,), scale_axes=(0,), fmt=fmt, importance=importance)[0]
-    groups = w.reshape(-1, fmt.group_size, w.shape[1])
-    fit = project_second_order(
-        groups, scale, gram, budget, fmt=fmt, **dataclasses.asdict(search)
+    scale = search_scale(
+        w, budget[None], axes=(0,), scale_axes=(0,), fmt=fmt, importance=importance
     )
+    groups = w.reshape(-1, fmt.group_size, w.shape[1])
+    options = dataclasses.asdict(search)
+    fit = project_second_order(groups, scale[0], gram, budget, fmt=fmt, **options)
     return fit.integers.reshape(w.shape), fit.scale
 
 
 def _project(w, gram, budget, fmt: WeightFormat, search: _Search) -> tuple[jax.Array, jax.Array]:
-    """The same for every channel group: ``[groups, K', M]``, ``[groups, M]``."""
+    """The same for every channel group: ``[G, K', M]``, ``[G, M]``; budgets are ``[G, M]``."""
     if len(w) > 1:
         each = functools.partial(_project_block, fmt=fmt, search=search)
-        return jax.jit(jax.vmap(each, in_axes=(0, 0, None)))(w, gram, budget)
+        return jax.jit(jax.vmap(each))(w, gram, budget)
     inputs, outputs = w.shape[1:]
     rows = _bucket(inputs)
     gram = _filled(gram[0], rows, rows)
     integers, scales = [], []
     for start in range(0, outputs, _BLOCK):
-        block = w[0, :, start : start + _BLOCK]
-        v, scale = _project_block(_filled(block, rows, _BLOCK), gram, budget, fmt, search)
-        integers.append(v[:inputs, : block.shape[1]])
-        scales.append(scale[: block.shape[1]])
+        part = slice(start, start + _BLOCK)
+        block = _filled(w[0, :, part], rows, _BLOCK)
+        v, scale = _project_block(block, gram, _filled(budget[0, part], _BLOCK), fmt, search)
+        kept = min(_BLOCK, outputs - start)
+        integers.append(v[:inputs, :kept])
+        scales.append(scale[:kept])
     return jnp.concatenate(integers, axis=1)[None], jnp.concatenate(scales)[None]
 
 
@@ -246,10 +256,10 @@ def _target(rows: _Rows, seen: _Seen, has_bias: bool, w: np.ndarray, damping: fl
     if seen.halves is None:
         return w
     first, second = (padded(half) for half in seen.halves)
-    gains = {
-        d: _gain(*second, w, _correction(*first, w, d)) + _gain(*first, w, _correction(*second, w, d))
-        for d in (damping, *(d for d in _DAMPINGS if d > damping))
-    }
+    gains = {}
+    for d in (damping, *(d for d in _DAMPINGS if d > damping)):
+        there, back = _correction(*first, w, d), _correction(*second, w, d)
+        gains[d] = _gain(*second, w, there) + _gain(*first, w, back)
     best = max(gains, key=lambda d: gains[d])
     return w + _correction(*padded(seen.whole), w, best) if gains[best] > 0 else w
 
@@ -262,7 +272,8 @@ def _fit_layer(layer: QuantizedLayer, seen: _Seen, has_bias: bool, search: _Sear
         integers, scale = _round(target, fmt)
     else:
         gram = rows.pad_square((moments.centred() if has_bias else moments).gram)
-        integers, scale = _project(target, gram, layer.budget.reshape(()), fmt, search)
+        budget = jnp.broadcast_to(layer.flat_budget, (rows.shape[-1],)).reshape(rows.groups, -1)
+        integers, scale = _project(target, gram, budget, fmt, search)
     scale = scale.reshape((1,) * (len(rows.shape) - 1) + (-1,))
     kernel = scale * rows.join(integers).astype(jnp.float32)
     shift = _shift(rows, moments, jnp.asarray(w), kernel) if has_bias else None
@@ -312,8 +323,9 @@ def _side_by_side(
 
     Args:
       layers: those that are quantized.
-      decide: (layer, x, z, kernel, *arguments of the product) → the kernel of the second half and
-        what is taken off its outputs; x and z are the inputs of the second and the first half.
+      decide: (layer, x, z, positions, kernel, *arguments of the product) → the kernel of the second
+        half and what is taken off its outputs; x and z are the inputs of the second and the first
+        half, positions the shape of their outputs without the channels.
       note: called with a layer and its outputs in float and quantized.
     """
     quantized: dict[str, jax.Array] = {}  # kernels as the quantizers give them
@@ -330,7 +342,13 @@ def _side_by_side(
                     "seen"
                 )
             half = len(x) // 2
-            few, quantized[layer.path], *rest = promote((x[half:], kernel, *rest), **kwargs)
+            if _takes_part(layer):
+                # Compiled, so that the kernel that it would quantize is left out.
+                few = jax.jit(lambda x, kernel: promote((x, kernel, *rest), **kwargs)[0])(
+                    x[half:], kernel
+                )
+            else:
+                few, quantized[layer.path], *rest = promote((x[half:], kernel, *rest), **kwargs)
             whole = jnp.concatenate([x[:half].astype(few.dtype), few])
             return (whole, kernel.astype(few.dtype), *rest)
 
@@ -346,9 +364,10 @@ def _side_by_side(
             half = len(x) // 2
             z, x = x[:half], x[half:]
             exact = product(*first, z, kernel, *rest, **kwargs)
-            new, shift = quantized[layer.path], None
             if _takes_part(layer):
-                new, shift = decide(layer, x, z, kernel, *rest, **kwargs)
+                new, shift = decide(layer, x, z, exact.shape[:-1], kernel, *rest, **kwargs)
+            else:
+                new, shift = quantized[layer.path], None
             out = product(*first, x, new.astype(kernel.dtype), *rest, **kwargs)
             if shift is not None:
                 out = out - shift.reshape((1,) * (out.ndim - 1) + (-1,)).astype(out.dtype)
@@ -408,6 +427,8 @@ def reconstruct(
     batches = list(batches)
     if not batches:
         raise ValueError("reconstruction needs at least one batch of inputs")
+    check_damping(damping)
+    check_sweeps(sweeps)
     layers = quantized_layers(model)
     _check_layers(layers)
     search = _Search(damping=damping, beam=beam, neighbours=neighbours, sweeps=sweeps)
@@ -428,16 +449,17 @@ def _fit_all(model, batches, followers, weights, search: _Search, call):
     fits: dict[str, _Fit] = {}
     losses: dict[str, float] = {}
 
-    def decide(layer: KernelLayer, x, z, kernel, *rest: Any, **kwargs: Any):
+    def decide(layer: KernelLayer, x, z, positions, kernel, *rest: Any, **kwargs: Any):
         path = layer.path
         if path in fits:
             raise ValueError(f"layer {path!r} runs more than once; use stp_jax.compensate")
 
-        def windows(x: jax.Array) -> jax.Array:
-            return _windows(layer, x, kernel, *rest, **kwargs)
+        def rows(x: jax.Array, pixels: np.ndarray) -> jax.Array:
+            return _input_rows(layer, x, pixels, kernel, *rest, **kwargs)
 
         has_bias = path in followers or hooks.get_variable(model, path, "bias") is not None
-        seen = _moments(windows, x, z, weights.get(path))
+        inputs = kernel.size // kernel.shape[-1]
+        seen = _moments(rows, x, z, positions, inputs, weights.get(path))
         fits[path] = _fit_layer(layers[path], seen, has_bias, search)
         return fits[path].kernel, fits[path].shift
 

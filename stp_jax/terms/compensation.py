@@ -22,7 +22,8 @@ def damped_gram(gram: jax.Array, damping: jax.Array) -> jax.Array:
     """The gram matrix with ``damping`` times the mean of its positive diagonal added there."""
     diagonal = jnp.diagonal(gram)
     fires = diagonal > 0
-    mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(fires), 1) + jnp.float32(1e-12)
+    number = jnp.maximum(jnp.sum(fires, dtype=gram.dtype), 1)
+    mean = jnp.sum(diagonal) / number + jnp.float32(1e-12)
     # Inputs that never fire leave a row of zeros: nothing is known of it but its own weight.
     return gram + jnp.diag(jnp.where(fires, 0.0, mean) + damping * mean)
 
@@ -121,8 +122,13 @@ def check_compensation(w, scale, gram, budget, fmt: WeightFormat, damping: float
         raise ValueError(f"gram must be {(count * size,) * 2} for w {w.shape}, got {gram.shape}")
     if scale.shape != (outputs,):
         raise ValueError(f"scale must be {(outputs,)}, got {scale.shape}")
-    if not damping > 0:
-        raise ValueError(f"damping must be positive, got {damping}")
+    check_damping(damping)
     fmt.check_budget(budget)
     if jnp.shape(budget) not in ((), (outputs,)):
         raise ValueError(f"budget must be one or {(outputs,)}, got {jnp.shape(budget)}")
+
+
+def check_damping(damping: float) -> None:
+    """Raises ValueError unless it is positive."""
+    if not damping > 0:
+        raise ValueError(f"damping must be positive, got {damping}")

@@ -159,7 +159,8 @@ def project_second_order(
       scale: positive, ``[outputs]``; where the search for scales starts.
       gram: H = X'X of the layer's inputs, ``[groups * group_size] * 2``, rows in the order of w;
         zeros for padding.
-      budget: terms per group, an integer in [0, fmt.max_budget]; may be traced.
+      budget: terms per group, an integer in [0, fmt.max_budget] or ``[outputs]`` of them; may be
+        traced.
       fmt: the weight format; its groups are those of w, its method is ``optimal``.
       damping: added to the gram's diagonal, as a fraction of its mean; more of it compensates less.
       beam, neighbours: as for `nearest_points`.
@@ -174,9 +175,8 @@ def project_second_order(
       ValueError: shapes do not fit together, an argument is out of range, or the format is greedy.
     """
     check_search(fmt, beam, neighbours)
+    check_sweeps(sweeps)
     check_compensation(w, scale, gram, budget, fmt, damping)
-    if not isinstance(sweeps, int) or isinstance(sweeps, bool) or sweeps < 0:
-        raise ValueError(f"sweeps must be 0 or a positive integer, got {sweeps!r}")
     f32 = jnp.float32
     return _project(
         jnp.asarray(w, f32),
@@ -189,6 +189,12 @@ def project_second_order(
         functools.partial(_settle, fmt=fmt, beam=beam, neighbours=neighbours),
         fmt,
     )
+
+
+def check_sweeps(sweeps: object) -> None:
+    """Raises ValueError unless it is a whole number, 0 or more."""
+    if not isinstance(sweeps, int) or isinstance(sweeps, bool) or sweeps < 0:
+        raise ValueError(f"sweeps must be 0 or a positive integer, got {sweeps!r}")
 
 
 def _project(w, scale, gram, budget, damping, sweeps, fit_scale, settle, fmt) -> SecondOrderFit:
