@@ -40,5 +40,7 @@ from stp_jax.terms.quantizers import project_scaled as project_scaled
 from stp_jax.terms.quantizers import quantize_weights as quantize_weights
 from stp_jax.terms.quantizers import quantize_weights_relaxed as quantize_weights_relaxed
 from stp_jax.terms.quantizers import search_scale as search_scale
+from stp_jax.terms.second_order import SecondOrderFit as SecondOrderFit
+from stp_jax.terms.second_order import project_second_order as project_second_order
 from stp_jax.terms.slots import SlotFormat as SlotFormat
 from stp_jax.terms.slots import slot_format as slot_format
