@@ -42,7 +42,7 @@ _ROWS_PER_INPUT = 64
 
 
 class Moments(NamedTuple):
-    """Weighted mean moments of a layer's inputs, for each of its channel groups."""
+    """Mean moments of a layer's inputs, for each of its channel groups."""
 
     mean: jax.Array  # [groups, K] of X
     drift: jax.Array  # [groups, K] of Z - X
@@ -102,17 +102,16 @@ class _Rows:
 
 
 @jax.jit
-def _sums(rows: jax.Array, other: jax.Array, weight: jax.Array) -> tuple[jax.Array, Moments]:
-    """Summed moments of rows [n, G, K] of X and Z."""
-    drift, weight = other - rows, weight[:, None, None]
+def _mean_moments(x: jax.Array, z: jax.Array) -> Moments:
+    """Mean moments of rows [n, G, K]."""
+    drift = z - x
     product = functools.partial(jnp.einsum, "ngk,ngl->gkl", precision="highest")
-    moments = Moments(
-        jnp.sum(rows * weight, axis=0),
-        jnp.sum(drift * weight, axis=0),
-        product(rows * weight, rows),
-        product(rows * weight, drift),
+    return Moments(
+        jnp.mean(x, axis=0),
+        jnp.mean(drift, axis=0),
+        product(x, x) / len(x),
+        product(x, drift) / len(x),
     )
-    return jnp.sum(weight), moments
 
 
 class _Seen(NamedTuple):
@@ -147,21 +146,14 @@ def _draw(positions: tuple[int, ...], inputs: int) -> list[np.ndarray]:
     return drawn
 
 
-def _moments(rows: Callable, x, z, positions: tuple[int, ...], inputs: int, weight) -> _Seen:
+def _moments(rows: Callable, x, z, positions: tuple[int, ...], inputs: int) -> _Seen:
     """Moments over pixels drawn at random; ``rows(x, pixels)`` gives their inputs."""
     parts = []
     for pixels in _draw(positions, inputs):
-        local = jnp.ones(len(pixels), jnp.float32)
-        if weight is not None:
-            local = weight.reshape(-1)[pixels].astype(jnp.float32)
-        parts.append(_sums(rows(x, pixels), rows(z, pixels), local))
-
-    def mean(parts: list[tuple[jax.Array, Moments]]) -> Moments:
-        total, moments = jax.tree.map(lambda *xs: functools.reduce(jnp.add, xs), *parts)
-        return jax.tree.map(lambda moment: moment / jnp.maximum(total, 1e-30), moments)
-
-    halves = tuple(mean([part]) for part in parts) if len(parts) > 1 else None
-    return _Seen(mean(parts), halves)
+        parts.append(_mean_moments(rows(x, pixels), rows(z, pixels)))
+    share = 1 / len(parts)
+    whole = jax.tree.map(lambda *xs: share * functools.reduce(jnp.add, xs), *parts)
+    return _Seen(whole, tuple(parts) if len(parts) > 1 else None)
 
 
 # --- One layer ------------------------------------------------------------------------------------
@@ -182,7 +174,6 @@ class _Fit(NamedTuple):
 
     kernel: jax.Array
     scale: jax.Array  # broadcastable to the kernel
-    shift: jax.Array | None  # [out]: what the mean output is too large by, without a new bias
 
 
 def _bucket(extent: int) -> int:
@@ -275,18 +266,7 @@ def _fit_layer(layer: QuantizedLayer, seen: _Seen, has_bias: bool, search: _Sear
         budget = jnp.broadcast_to(layer.flat_budget, (rows.shape[-1],)).reshape(rows.groups, -1)
         integers, scale = _project(target, gram, budget, fmt, search)
     scale = scale.reshape((1,) * (len(rows.shape) - 1) + (-1,))
-    kernel = scale * rows.join(integers).astype(jnp.float32)
-    shift = _shift(rows, moments, jnp.asarray(w), kernel) if has_bias else None
-    return _Fit(kernel, scale, shift)
-
-
-def _shift(rows: _Rows, moments: Moments, w: jax.Array, kernel: jax.Array) -> jax.Array:
-    def mean_output(mean: jax.Array, kernel: jax.Array) -> jax.Array:
-        mean = jax.vmap(lambda m: rows.pad(m[:, None])[:, 0])(mean)
-        return jnp.einsum("gk,gkm->gm", mean, kernel, precision="highest").reshape(-1)
-
-    exact = mean_output(moments.mean + moments.drift, w)
-    return mean_output(moments.mean, rows.split(kernel)) - exact
+    return _Fit(scale * rows.join(integers).astype(jnp.float32), scale)
 
 
 # --- The whole model ------------------------------------------------------------------------------
@@ -316,17 +296,17 @@ def _check_layers(layers: Mapping[str, QuantizedLayer]) -> None:
 
 def _side_by_side(
     layers: Mapping[str, QuantizedLayer],
-    decide: Callable[..., tuple[jax.Array, jax.Array | None]],
-    note: Callable[[KernelLayer, jax.Array, jax.Array], None],
+    decide: Callable[..., jax.Array],
+    correct: Callable[[KernelLayer, jax.Array, jax.Array], jax.Array],
 ) -> Hooks:
     """Lets doubled batches run in float in their first half and quantized in their second.
 
     Args:
       layers: those that are quantized.
       decide: (layer, x, z, positions, kernel, *arguments of the product) → the kernel of the second
-        half and what is taken off its outputs; x and z are the inputs of the second and the first
-        half, positions the shape of their outputs without the channels.
-      note: called with a layer and its outputs in float and quantized.
+        half; x and z are the inputs of the second and the first half, positions the shape of their
+        outputs without the channels.
+      correct: (layer, outputs in float, outputs quantized) → the latter as they will be.
     """
     quantized: dict[str, jax.Array] = {}  # kernels as the quantizers give them
 
@@ -365,14 +345,11 @@ def _side_by_side(
             z, x = x[:half], x[half:]
             exact = product(*first, z, kernel, *rest, **kwargs)
             if _takes_part(layer):
-                new, shift = decide(layer, x, z, exact.shape[:-1], kernel, *rest, **kwargs)
+                new = decide(layer, x, z, exact.shape[:-1], kernel, *rest, **kwargs)
             else:
-                new, shift = quantized[layer.path], None
+                new = quantized[layer.path]
             out = product(*first, x, new.astype(kernel.dtype), *rest, **kwargs)
-            if shift is not None:
-                out = out - shift.reshape((1,) * (out.ndim - 1) + (-1,)).astype(out.dtype)
-            note(layer, exact, out)
-            return jnp.concatenate([exact, out])
+            return jnp.concatenate([exact, correct(layer, exact, out)])
 
         return compute
 
@@ -388,7 +365,6 @@ def reconstruct(
     batches: Iterable[Any],
     values: Mapping[str, jax.typing.ArrayLike],
     *,
-    weights: Mapping[str, jax.Array] | None = None,
     damping: float = 0.01,
     beam: int = 8,
     neighbours: int = 2,
@@ -409,8 +385,6 @@ def reconstruct(
       batches: inputs with examples along the first axis, each given to the model as its only
         argument.
       values: terms per group by layer path, as for `stp_jax.set_budgets`.
-      weights: layer path → weights of the squared errors, ``[examples, *positions]`` as the layer's
-        output without its channels (see `stp_jax.output_weights`); all alike by default.
       damping, beam, neighbours, sweeps: as for `stp_jax.terms.project_second_order`.
       call: how to call the model on a batch otherwise.
 
@@ -438,16 +412,20 @@ def reconstruct(
     trial = hooks.copy_model(model)
     set_budgets(trial, values)
     followers = find_batch_norms(model, batches[0], call)
-    fits, losses = _fit_all(trial, batches, followers, weights or {}, search, call)
+    fits, shifts, losses = _fit_all(trial, batches, followers, search, call)
     set_budgets(model, values)
-    _apply(model, layers, fits, followers)
+    _apply(model, layers, fits, shifts, followers)
     return losses
 
 
-def _fit_all(model, batches, followers, weights, search: _Search, call):
+def _fit_all(model, batches, followers, search: _Search, call):
     layers = quantized_layers(model)
     fits: dict[str, _Fit] = {}
+    shifts: dict[str, jax.Array] = {}  # what mean outputs are too large by, without new biases
     losses: dict[str, float] = {}
+
+    def has_bias(path: str) -> bool:
+        return path in followers or hooks.get_variable(model, path, "bias") is not None
 
     def decide(layer: KernelLayer, x, z, positions, kernel, *rest: Any, **kwargs: Any):
         path = layer.path
@@ -457,17 +435,20 @@ def _fit_all(model, batches, followers, weights, search: _Search, call):
         def rows(x: jax.Array, pixels: np.ndarray) -> jax.Array:
             return _input_rows(layer, x, pixels, kernel, *rest, **kwargs)
 
-        has_bias = path in followers or hooks.get_variable(model, path, "bias") is not None
         inputs = kernel.size // kernel.shape[-1]
-        seen = _moments(rows, x, z, positions, inputs, weights.get(path))
-        fits[path] = _fit_layer(layers[path], seen, has_bias, search)
-        return fits[path].kernel, fits[path].shift
+        seen = _moments(rows, x, z, positions, inputs)
+        fits[path] = _fit_layer(layers[path], seen, has_bias(path), search)
+        return fits[path].kernel
 
-    def note(layer: KernelLayer, exact: jax.Array, out: jax.Array) -> None:
+    def correct(layer: KernelLayer, exact: jax.Array, out: jax.Array) -> jax.Array:
+        if layer.path in fits and has_bias(layer.path):
+            shifts[layer.path] = jnp.mean(out - exact, axis=tuple(range(out.ndim - 1)))
+            out = out - shifts[layer.path].reshape((1,) * (out.ndim - 1) + (-1,))
         losses[layer.path] = float(_loss(exact, out))
+        return out
 
-    call(hooks.attach(model, _side_by_side(layers, decide, note)), _doubled(batches))
-    return fits, losses
+    call(hooks.attach(model, _side_by_side(layers, decide, correct)), _doubled(batches))
+    return fits, shifts, losses
 
 
 @jax.jit
@@ -477,18 +458,15 @@ def _loss(exact: jax.Array, out: jax.Array) -> jax.Array:
     return jnp.sum((out - exact) ** 2) / jnp.maximum(jnp.sum((exact - mean) ** 2), 1e-30)
 
 
-def _apply(model, layers, fits: Mapping[str, _Fit], followers: Mapping[str, str]) -> None:
+def _apply(model, layers, fits: Mapping[str, _Fit], shifts, followers: Mapping[str, str]) -> None:
     for path, fit in fits.items():
-        layer = layers[path]
-        layer.kernel = fit.kernel.astype(layer.kernel.dtype)
-        layer.stored_scale = fit.scale
-        if fit.shift is None:
-            continue
+        layers[path].kernel = fit.kernel.astype(layers[path].kernel.dtype)
+        layers[path].stored_scale = fit.scale
+    for path, shift in shifts.items():
         bias = hooks.get_variable(model, path, "bias")
         if bias is not None:
-            hooks.set_variable(model, path, "bias", bias - fit.shift.astype(bias.dtype))
+            hooks.set_variable(model, path, "bias", bias - shift.astype(bias.dtype))
         else:
             mean = hooks.get_variable(model, followers[path], "mean")
             assert mean is not None
-            shifted = mean + fit.shift.astype(mean.dtype)
-            hooks.set_variable(model, followers[path], "mean", shifted)
+            hooks.set_variable(model, followers[path], "mean", mean + shift.astype(mean.dtype))
