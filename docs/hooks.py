@@ -82,15 +82,16 @@ def encodings() -> str:
 # --- Technology -----------------------------------------------------------------------------------
 
 
-def technology(kind: str) -> str:
-    """The default table of ``energy_pj`` or ``area_um2`` with its sources."""
+def technology(kind: str, name: str = "HOROWITZ_45NM") -> str:
+    """A technology's ``energy_pj`` or ``area_um2`` with its sources."""
     from stp_jax import hwmodel
 
-    entries = getattr(hwmodel.HOROWITZ_45NM, kind)
-    sources = dict(hwmodel.HOROWITZ_45NM.sources)
+    entries = getattr(getattr(hwmodel, name), kind)
+    sources = dict(getattr(hwmodel, name).sources)
     unit = {"energy_pj": "pJ", "area_um2": "µm²"}[kind]
     rows = (
-        (f"`{name}`", f"{value:.4g}", sources[f"{kind}.{name}"]) for name, value in entries.items()
+        (f"`{entry}`", f"{value:.4g}", sources[f"{kind}.{entry}"])
+        for entry, value in entries.items()
     )
     return table(("entry", unit, "source"), rows)
 

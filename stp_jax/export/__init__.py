@@ -3,6 +3,7 @@
 from stp_jax.export.onnx import export_onnx as export_onnx
 from stp_jax.export.packed import PackedSizes as PackedSizes
 from stp_jax.export.packed import Size as Size
+from stp_jax.export.packed import load_integers as load_integers
 from stp_jax.export.packed import load_packed as load_packed
 from stp_jax.export.packed import packed_sizes as packed_sizes
 from stp_jax.export.packed import save_packed as save_packed

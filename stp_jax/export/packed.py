@@ -208,22 +208,26 @@ def _stored_budget(entry: Mapping[str, Any], scale: jax.Array) -> jax.Array:
     return budget.reshape(scale.shape) if budget.ndim else budget
 
 
-def _kernel(name: str, entry: Mapping[str, Any], tensors: dict[str, jax.Array]) -> jax.Array:
-    """The kernel, float32: its integers times its scale."""
+def _integers(name: str, entry: Mapping[str, Any], tensors: dict[str, jax.Array]) -> np.ndarray:
+    """The kernel's integers, int32, taken out of the tensors."""
     rule = entry["rule"]
     if f"{name}.integers" in tensors:
-        integers = np.asarray(tensors.pop(f"{name}.integers"), np.int32)
-    else:
-        packed = PackedTerms(
-            data=np.asarray(tensors.pop(f"{name}.terms")),
-            shape=tuple(entry["stream"]["shape"]),
-            axis=entry["stream"]["axis"],
-            group_size=rule["group_size"],
-            budget=_stream_budget(entry),
-            encoding=rule["encoding"],
-            bits=rule["bits"],
-        )
-        integers = unpack(packed).reshape(entry["shape"])
+        return np.asarray(tensors.pop(f"{name}.integers"), np.int32)
+    packed = PackedTerms(
+        data=np.asarray(tensors.pop(f"{name}.terms")),
+        shape=tuple(entry["stream"]["shape"]),
+        axis=entry["stream"]["axis"],
+        group_size=rule["group_size"],
+        budget=_stream_budget(entry),
+        encoding=rule["encoding"],
+        bits=rule["bits"],
+    )
+    return unpack(packed).reshape(entry["shape"])
+
+
+def _kernel(name: str, entry: Mapping[str, Any], tensors: dict[str, jax.Array]) -> jax.Array:
+    """The kernel, float32: its integers times its scale."""
+    integers = _integers(name, entry, tensors)
     return jnp.asarray(integers, jnp.float32) * tensors[f"{name}.scale"]
 
 
@@ -354,6 +358,23 @@ def _load_nnx(
         else:
             variable.set_value(random[name].get_value())
     return loaded
+
+
+def load_integers(path: str | Path) -> dict[str, np.ndarray]:
+    """Integer kernels of a file of `save_packed` by layer path, int32, without the model's code.
+
+    Raises:
+      ValueError: the file is missing, damaged or of another kind.
+    """
+    path = Path(path)
+    tensors, metadata = read(path)
+    entries, kernels = _header(path, metadata)["layers"], {}
+    for layer, entry in entries.items():
+        try:
+            kernels[layer] = _integers(entry["kernel"], entry, tensors)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"the file is damaged at layer {layer!r}: {error}") from error
+    return kernels
 
 
 # --- Sizes ----------------------------------------------------------------------------------------

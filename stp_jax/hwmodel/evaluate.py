@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stp_jax.hwmodel import gates
 from stp_jax.hwmodel.arrays import Array, fold
 from stp_jax.hwmodel.group_pe import GroupPE
 from stp_jax.hwmodel.memory import Traffic, memory_cycles, traffic
@@ -24,7 +25,12 @@ from stp_jax.hwmodel.numbers import (
 from stp_jax.hwmodel.pes import PE, Activity, BitParallel, Workload
 from stp_jax.hwmodel.report import Report
 from stp_jax.hwmodel.smoothing import check_smoothing, smooth_maximum
-from stp_jax.hwmodel.technology import HOROWITZ_45NM, SHIFT_MULTIPLEXERS, Technology
+from stp_jax.hwmodel.technology import (
+    HOROWITZ_45NM,
+    SHIFT_MULTIPLEXERS,
+    MissingEntryError,
+    Technology,
+)
 from stp_jax.hwmodel.term_histogram import GroupTerms
 
 
@@ -64,7 +70,8 @@ def evaluate(
         `measure_terms` made of them. Empty slots cost their cycle but switch nothing; without
         weights every slot is taken to be full that the group's weights can fill.
       activations: integer inputs by layer name, for PEs whose cycles depend on them: (N, H, W, C)
-        without the layer's padding, or patches (P, groups * K).
+        without the layer's padding, or patches (P, groups * K). A technology by gates takes the
+        share of zeros from them, 40 % where they are not given.
       technology: energy per event.
       smoothing: 0 for the exact model; above and below 1, a differentiable surrogate for relaxed
         budgets, in which every kink is rounded over this fraction of its operands (see
@@ -104,7 +111,7 @@ def evaluate(
     )
     activity = array.pe.activity(work)
     moved = traffic(network, array, folding, activity.weight_bits, smoothing)
-    energies = _energy(array, technology, activity, moved)
+    energies = _energy(array, technology, activity, moved, smoothing)
     select_pj = energies.pop("select")
     compute = folding.fill_cycles + activity.cycles
     first_fill = moved.first_fill_bytes / array.dram_bandwidth
@@ -115,6 +122,7 @@ def evaluate(
     report = Report(
         network=network,
         node_nm=technology.node_nm,
+        basis=technology.basis,
         budgets=activity.budgets,
         cycles=cycles,
         stall_cycles=stalls,
@@ -155,9 +163,15 @@ def _check_kinds(network: object, array: object, weights: object, technology: ob
 
 
 def _energy(
-    array: Array, technology: Technology, activity: Activity, moved: Traffic
+    array: Array,
+    technology: Technology,
+    activity: Activity,
+    moved: Traffic,
+    smoothing: float,
 ) -> dict[str, Vector]:
     """Energy by component, and of selection; traced where the technology alone is traced."""
+    if technology.basis == "gates":
+        return _gate_energy(array, technology, activity, moved, smoothing)
     xp = namespace_of(moved.dram_bytes, *technology.energy_pj.values())
     encoder = [] if activity.encoder is None else [activity.encoder]
     selection = [] if activity.selections is None else ["int8_shift"]
@@ -169,23 +183,60 @@ def _energy(
         "encoded": moved.accesses["sram_filter_read"] * activity.encoded_share,
         "selections": activity.selections,
         "register_bits": activity.register_bits,
-        "sram_bytes": moved.sram_bytes,
         "dram_bytes": moved.dram_bytes,
     }
     counts = jax.tree.map(lambda x: as_real(x, xp), counts)
     zero = xp.zeros_like(counts["dram_bytes"])
-    buffers = {name: as_real(getattr(array, f"{name}_sram"), xp) for name in moved.sram_bytes}
     return {
         "array": sum((n * pj[event] for event, n in counts["events"].items()), zero),
         "select": sum((counts["selections"] * pj[e] / SHIFT_MULTIPLEXERS for e in selection), zero),
         "encoder": sum((counts["encoded"] * pj[entry] for entry in encoder), zero),
         "registers": counts["register_bits"] * pj["register_bit"],
-        "sram": sum(
-            (
-                counts["sram_bytes"][name] * technology.sram_pj_per_byte(size)
-                for name, size in buffers.items()
-            ),
-            zero,
-        ),
-        "dram": counts["dram_bytes"] / 8.0 * pj["dram_64b"],
+        **_memory_energy(array, technology, moved),
+    }
+
+
+def _memory_energy(array: Array, technology: Technology, moved: Traffic) -> dict[str, Vector]:
+    xp = namespace_of(moved.dram_bytes, *technology.energy_pj.values())
+    sram = [
+        as_real(count, xp)
+        * technology.sram_pj_per_byte(as_real(getattr(array, f"{name}_sram"), xp))
+        for name, count in moved.sram_bytes.items()
+    ]
+    dram = as_real(moved.dram_bytes, xp) / 8.0 * technology.energy_pj["dram_64b"]
+    return {"sram": sum(sram, xp.zeros_like(dram)), "dram": dram}
+
+
+def _gate_energy(
+    array: Array,
+    technology: Technology,
+    activity: Activity,
+    moved: Traffic,
+    smoothing: float,
+) -> dict[str, Vector]:
+    """As `_energy`, of PEs and edges measured as a whole."""
+    if activity.gates is None:
+        raise MissingEntryError(
+            f"technology {technology.name!r} was measured on netlists of BitParallel(bits=8) and "
+            f"GroupPE(group_size=8), inputs resident; it has no {array.pe!r} in dataflow "
+            f"{array.dataflow!r}"
+        )
+    xp = namespace_of(moved.dram_bytes, *technology.energy_pj.values())
+    edge: dict[str, Vector] = {}
+    if activity.encoder is not None and activity.budgets is not None:
+        read = moved.accesses["sram_filter_read"] * activity.encoded_share
+        edge = gates.edge_events(read, activity.budgets, smoothing)
+    technology.require([*activity.gates, *edge, "dram_64b"])
+    zero = xp.zeros_like(as_real(moved.dram_bytes, xp))
+
+    def price(events: Mapping[str, Vector]) -> Vector:
+        energies = technology.energy_pj
+        return sum((as_real(n, xp) * energies[name] for name, n in events.items()), zero)
+
+    return {
+        "array": price(activity.gates),
+        "select": zero,
+        "encoder": price(edge),
+        "registers": zero,
+        **_memory_energy(array, technology, moved),
     }

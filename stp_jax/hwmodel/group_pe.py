@@ -9,11 +9,13 @@ and Zhang, SC20).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
 from stp_jax import terms
+from stp_jax.hwmodel import gates
 from stp_jax.hwmodel.folding import Extents, Folding
 from stp_jax.hwmodel.layer_budgets import LayerBudgets, resolve_budgets
 from stp_jax.hwmodel.network import Network
@@ -61,6 +63,10 @@ class GroupPE(PE):
     a fold takes the sum of its filters' k. Other dataflows hold filters side by side, which would
     wait for the largest; they take budgets by layer only.
 
+    With ``lanes`` L above 1 the PE takes L terms a cycle, and a step ceil(k / L) cycles, or passes
+    (``rtl/gpe_lanes.v``): what a group's last pass leaves free, no other group fills. Events are
+    those of the terms as before.
+
     Attributes:
       group_size: g, resident activations.
       encoding: of the weights' terms, one of ``stp_jax.terms.ENCODINGS``.
@@ -71,9 +77,10 @@ class GroupPE(PE):
       packed: weights are stored as k slots a group (`stp_jax.terms.slots`); otherwise as integers
         that encoders at the array's edge turn into terms, as always for the products of two
         activations (``matmul`` layers whose weights are not given).
+      lanes: L, terms a cycle.
 
     Raises:
-      ValueError: group_size or bits not a positive integer, unknown encoding or grouping.
+      ValueError: group_size, bits or lanes not a positive integer, unknown encoding or grouping.
     """
 
     group_size: Real = dataclasses.field(default=8, metadata=INTEGER)
@@ -81,10 +88,11 @@ class GroupPE(PE):
     bits: int = dataclasses.field(default=8, metadata={"static": True})
     grouping: Grouping = dataclasses.field(default="flat", metadata={"static": True})
     packed: bool = dataclasses.field(default=False, metadata={"static": True})
+    lanes: int = dataclasses.field(default=1, metadata={"static": True})
 
     def __post_init__(self) -> None:
         """Checks encoding, grouping and, where they are concrete, the numbers."""
-        check_numbers("GroupPE", group_size=self.group_size, bits=self.bits)
+        check_numbers("GroupPE", group_size=self.group_size, bits=self.bits, lanes=self.lanes)
         _ = self.term_groups  # which checks the others
 
     @property
@@ -107,18 +115,32 @@ class GroupPE(PE):
         return self.term_groups.along_reduction(extents)
 
     def nominal_macs(self, budget: Real | None = None) -> Real:
-        """g multiplications in k cycles."""
-        return self.group_size / (self.max_budget if budget is None else budget)
+        """g multiplications in ceil(k / L) cycles."""
+        return self.group_size / self._passes(self.max_budget if budget is None else budget)
+
+    def _passes(self, budgets: Real, smoothing: float = 0.0) -> Real:
+        """Cycles of a group with these budgets; relaxed ones are not rounded up."""
+        if self.lanes == 1:
+            return budgets
+        passes = budgets / self.lanes
+        return passes if smoothing > 0.0 else namespace_of(budgets).ceil(passes)
 
     def area_um2(self, technology: Technology) -> Real:
         """Area of one PE: derived, a term lane plus its resident activations.
 
         Interpolated linearly in g through the synthesised points: one term lane with a single
-        resident activation, and the PE with 8.
+        resident activation, and the PE with 8. PEs of several lanes are interpolated linearly in
+        L between 2 and 8 lanes, both with 8 activations; others cost what they do with one lane.
         """
         technology.require(["term_lane", "group_pe_8"], kind="area_um2")
         lane, eight = (technology.area_um2[name] for name in ("term_lane", "group_pe_8"))
-        return lane + (eight - lane) / 7 * (self.group_size - 1)
+        activation = (eight - lane) / 7
+        if self.lanes == 1:
+            return lane + activation * (self.group_size - 1)
+        names = ["group_pe_8_of_2_lanes", "group_pe_8_of_8_lanes"]
+        technology.require(names, kind="area_um2")
+        two, full = (technology.area_um2[name] for name in names)
+        return two + (full - two) / 6 * (self.lanes - 2) + activation * (self.group_size - 8)
 
     def slot_format(self, budgets: Real) -> SlotFormat:
         """The slots of groups with these budgets, in real numbers: stored, and on the wires."""
@@ -136,14 +158,20 @@ class GroupPE(PE):
         budgets = self._resolve_budgets(work, statistics)
         k = budgets.k
         if isinstance(k, np.ndarray):
-            held = statistics.largest_of(budgets.counts)
-            _check_budgets(network, self, budgets, held, relaxed=work.smoothing > 0.0)
+            largest = statistics.largest_of(budgets.counts)
+            _check_budgets(network, self, budgets, largest, relaxed=work.smoothing > 0.0)
         known = xp.asarray(statistics.measured)
         # By entry, that is by layer or by filter, until they are summed.
         groups = budgets.share(folding.groups * folding.reduction_steps * folding.M)
-        terms_held, empty = statistics.within(k, budgets.counts, work.smoothing)
-        full = self._full_terms(budgets, folding, work.smoothing)
-        added = xp.where(known, budgets.total(terms_held), full) * folding.P
+
+        def held(caps: Vector) -> Vector:
+            """Terms of each layer's groups, none counted beyond its entry's cap."""
+            measured = budgets.total(statistics.within(caps, budgets.counts, work.smoothing)[0])
+            capped = dataclasses.replace(budgets, k=caps)
+            return xp.where(known, measured, self._full_terms(capped, folding, work.smoothing))
+
+        _, empty = statistics.within(k, budgets.counts, work.smoothing)
+        added = held(k) * folding.P
         unused = budgets.total(xp.where(k > 0.0, 0.0, groups))
         empty = xp.where(known, budgets.total(empty), unused)
         passes = budgets.spread(folding.P)
@@ -162,12 +190,18 @@ class GroupPE(PE):
                 weight_bits,
             )
         steps = budgets.share(folding.folds * folding.steps)
+        cycles = smooth_maximum(self._passes(k, work.smoothing), 1.0, work.smoothing)
+        # With one lane the accumulator is clocked for each term, with several the partial sum for
+        # each pass.
+        accumulated = added + empty * folding.P
+        if self.lanes > 1:
+            accumulated = budgets.total(groups * cycles * passes)
         return Activity(
-            cycles=budgets.total(steps * smooth_maximum(k, 1.0, work.smoothing)),
-            busy=budgets.total(groups * k * passes),
+            cycles=budgets.total(steps * cycles),
+            busy=budgets.total(groups * k * passes) / self.lanes,
             terms=added,
             events={"int8_shift": added, "int32_add": added},
-            register_bits=(added + empty * folding.P) * ACCUMULATOR_BITS
+            register_bits=accumulated * ACCUMULATOR_BITS
             + operand_register_bits(
                 folding,
                 group_size,
@@ -180,6 +214,29 @@ class GroupPE(PE):
             # Two-input multiplexers that select one of g activations; an estimate of the wiring.
             selections=added * (ACTIVATION_BITS * (group_size - 1.0)),
             budgets=budgets.mean(k),
+            gates=self._gate_events(work, budgets, groups, held),
+        )
+
+    def _gate_events(
+        self,
+        work: Workload,
+        budgets: LayerBudgets,
+        groups: Vector,
+        held: Callable[[Vector], Vector],
+    ) -> dict[str, Vector] | None:
+        """Events of a table by gates; None where no such PE was measured."""
+        concrete = isinstance(self.group_size, int | float | np.number | np.ndarray)
+        alike = concrete and self.group_size == gates.GROUP_SIZE and self.bits == gates.BITS
+        if not alike or work.folding.dataflow != "is":
+            return None
+        return gates.group_events(
+            work.folding,
+            budgets.k,
+            budgets.total(groups),
+            budgets.total(groups * budgets.k),
+            held,
+            gates.live_shares(work.network, work.activations),
+            work.smoothing,
         )
 
     def _resolve_budgets(self, work: Workload, statistics: GroupTerms) -> LayerBudgets:
@@ -258,6 +315,7 @@ class TermMac(GroupPE):
             terms=pairs,
             events={"int8_add": 2.0 * pairs},
             selections=None,
+            gates=None,
         )
 
 

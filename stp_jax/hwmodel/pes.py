@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import jax
 
+from stp_jax.hwmodel import gates
 from stp_jax.hwmodel.folding import Extents, Folding
 from stp_jax.hwmodel.network import Network
 from stp_jax.hwmodel.numbers import Budgets, Operands, Real, Vector, check_numbers
@@ -34,6 +35,7 @@ class Activity:
     encoded_share: Real = 1.0  # share of a layer's weight reads that pass the encoder
     selections: Vector | None = None  # two-input multiplexers that select operands, as they switch
     budgets: Vector | None = None  # k of each layer, for PEs that have budgets
+    gates: dict[str, Vector] | None = None  # events of a table by gates; None: not measured
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,4 +164,7 @@ class BitParallel(PE):
             + operand_register_bits(folding, 1.0, macs * self.bits, self.bits),
             encoder=None,
             weight_bits=float(self.bits),
+            gates=gates.mac_events(folding, gates.mean_bits(work.network, work.activations))
+            if self.bits == gates.BITS and folding.dataflow == "is"
+            else None,
         )

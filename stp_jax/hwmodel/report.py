@@ -10,6 +10,7 @@ import pandas as pd
 
 from stp_jax.hwmodel.network import Network
 from stp_jax.hwmodel.numbers import EXACT_END, Real, Vector
+from stp_jax.hwmodel.technology import Basis
 
 
 @jax.tree_util.register_dataclass
@@ -34,10 +35,14 @@ class Report:
       select_pj: an estimate of what selecting one of a group's activations takes, for `GroupPE`,
         else 0; in none of the components.
       node_nm: process node of the energies.
+      basis: ``table`` if arithmetic, registers and encoders were priced by operation, ``gates`` if
+        by what whole PEs took on their netlists; ``array`` is then selection, shift, addition,
+        registers and clock together, and ``registers`` is 0.
     """
 
     network: Network = dataclasses.field(metadata={"static": True})
     node_nm: float = dataclasses.field(metadata={"static": True})
+    basis: Basis = dataclasses.field(metadata={"static": True})
     budgets: Vector | None
     cycles: Vector
     stall_cycles: Vector
@@ -71,6 +76,11 @@ class Report:
         Each weight counts as often as it is used, so that this is not the mean over weights.
         """
         return self.operations["terms"].sum(axis=-1) / self.operations["macs"].sum(axis=-1)
+
+    @property
+    def priced(self) -> str:
+        """How energies were priced, for titles: ``45 nm, by gates``."""
+        return f"{self.node_nm:g} nm, by {'gates' if self.basis == 'gates' else 'the table'}"
 
     def rounded(self) -> Report:
         """Concrete whole numbers as int64 where float64 holds them exactly, below 2**53.
@@ -146,7 +156,7 @@ def computational_saving(
     in each reading; cycles are not.
 
     Raises:
-      ValueError: the networks or the process nodes differ.
+      ValueError: the networks, the process nodes or what energies are based on differ.
     """
     if baseline.network.layers != ours.network.layers:
         raise ValueError("the two reports are of different networks")
@@ -154,6 +164,11 @@ def computational_saving(
         raise ValueError(
             f"the two reports are at {baseline.node_nm:g} nm and {ours.node_nm:g} nm; energies of "
             "different nodes must not be mixed"
+        )
+    if baseline.basis != ours.basis:
+        raise ValueError(
+            f"the baseline is by {baseline.basis}, ours by {ours.basis}; evaluate both with one "
+            "technology"
         )
     own = ours.energy_pj["array"] + (ours.energy_pj["encoder"] if encoder else 0.0)
     own = own + (ours.select_pj if select else 0.0)

@@ -13,12 +13,16 @@ import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal, get_args
 
 import jax
 
 from stp_jax.hwmodel.numbers import Real, namespace_of
 
 _SRAM_BYTES = {"sram_8kib_64b": 8 << 10, "sram_32kib_64b": 32 << 10, "sram_1mib_64b": 1 << 20}
+
+
+Basis = Literal["table", "gates"]
 
 
 class MissingEntryError(ValueError):
@@ -42,9 +46,14 @@ class Technology:
     area_um2: Mapping[str, Real]
     # Pairs of ``energy_pj.ENTRY`` or ``area_um2.ENTRY`` and where the number comes from.
     sources: tuple[tuple[str, str], ...] = dataclasses.field(metadata={"static": True})
+    # ``table``: arithmetic, registers and encoders by operation. ``gates``: whole PEs by event,
+    # measured on their netlists (`stp_jax.hwmodel.gates`).
+    basis: Basis = dataclasses.field(default="table", metadata={"static": True})
 
     def __post_init__(self) -> None:
-        """Checks that every entry is positive and has a source."""
+        """Checks the basis, and that every entry is positive and has a source."""
+        if self.basis not in get_args(Basis):
+            raise ValueError(f"{self.name}: basis must be table or gates, got {self.basis!r}")
         sourced = {entry for entry, source in self.sources if source}
         for kind in ("energy_pj", "area_um2"):
             for entry, value in getattr(self, kind).items():
@@ -107,6 +116,9 @@ _SHIFTER = (
     "library"
 )
 _SYNTHESIS = "synthesis to the Nangate 45 nm Open Cell Library, area only"
+_LANES = (
+    "synthesis of rtl/gpe_lanes.v to the Nangate 45 nm Open Cell Library, partial sums of 28 bits"
+)
 
 _ENERGY_45NM: dict[str, tuple[float, str]] = {
     "int8_add": (0.03, _HOROWITZ),
@@ -129,6 +141,8 @@ _AREA_45NM: dict[str, tuple[float, str]] = {
     "bit_parallel_pe": (1030.0, _SYNTHESIS),
     "term_lane": (462.0, _SYNTHESIS),
     "group_pe_8": (1014.0, f"{_SYNTHESIS}; 8 resident activations"),
+    "group_pe_8_of_2_lanes": (943.5, f"{_LANES}; 2 lanes"),
+    "group_pe_8_of_8_lanes": (2425.9, f"{_LANES}; 8 lanes"),
     "int8_add": (36.0, _DALLY),
     "int16_add": (67.0, _DALLY),
     "int32_add": (137.0, _DALLY),
@@ -153,6 +167,48 @@ HOROWITZ_45NM = Technology(
     ),
 )
 
+_NANGATE = (
+    "`python benchmarks/rtl_tables.py --liberty nangate45_typical.lib --node-nm 45`: gates of "
+    "rtl/mac_pe.v, gpe.v and weight_edge.v in the Nangate 45 nm Open Cell Library, 1.1 V, 2 ns, "
+    "1 fF of wire per pin"
+)
+_GATES_45NM = {
+    "mac": 2.319,
+    "mac_bit": 0.1246,
+    "mac_load": 0.8801,
+    "group": 2.465,
+    "group_second_term": 2.177,
+    "group_third_term": 2.07,
+    "group_further_term": 1.584,
+    "group_live_term": 0.8636,
+    "group_live_pair": 1.284,
+    "group_first_empty_slot": 2.361,
+    "group_further_empty_slot": 0.3273,
+    "group_load": 1.411,
+    "edge_group": 1.56,
+    "edge_second_slot": 1.659,
+    "edge_further_slot": 0.9728,
+}
+_GATES_AREA_45NM = {
+    "bit_parallel_pe": 1256.0,
+    "group_pe_8": 1140.0,
+    "row_edge_8": 1325.0,
+}
+_MEMORY = (*_SRAM_BYTES, "dram_64b")
+
+NANGATE_45NM_GATES = Technology(
+    name="45 nm by gates",
+    node_nm=45.0,
+    basis="gates",
+    energy_pj=_GATES_45NM | {entry: HOROWITZ_45NM.energy_pj[entry] for entry in _MEMORY},
+    area_um2=_GATES_AREA_45NM,
+    sources=(
+        *((f"energy_pj.{entry}", _NANGATE) for entry in _GATES_45NM),
+        *((f"area_um2.{entry}", _NANGATE) for entry in _GATES_AREA_45NM),
+        *((f"energy_pj.{entry}", _ENERGY_45NM[entry][1]) for entry in _MEMORY),
+    ),
+)
+
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
@@ -161,8 +217,9 @@ def _is_number(value: object) -> bool:
 def read_technology(path: str | Path) -> Technology:
     """Reads a table from JSON or TOML.
 
-    The file has ``name``, ``node_nm`` and two tables, ``energy_pj`` and ``area_um2`` (may be
-    absent), of entries ``{value, source, node_nm}``; an entry's own ``node_nm`` may be left out.
+    The file has ``name``, ``node_nm``, perhaps ``basis``, and two tables, ``energy_pj`` and
+    ``area_um2`` (may be absent), of entries ``{value, source, node_nm}``; an entry's own
+    ``node_nm`` may be left out.
 
     Raises:
       ValueError: unknown suffix, missing keys, values or sources, or an entry of another node.
@@ -206,6 +263,7 @@ def read_technology(path: str | Path) -> Technology:
     return Technology(
         name=content["name"],
         node_nm=float(node),
+        basis=content.get("basis", "table"),
         energy_pj={name: float(entry["value"]) for name, entry in tables["energy_pj"].items()},
         area_um2={name: float(entry["value"]) for name, entry in tables["area_um2"].items()},
         sources=tuple(

@@ -1,5 +1,7 @@
 """The Verilog against arithmetic, and the accelerator model's cycles against the Verilog."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -56,13 +58,14 @@ def random_jobs(rng, rows, cols, group_size):
     return jobs
 
 
-def modelled(jobs, rows, cols, group_size):
+def modelled(jobs, rows, cols, group_size, lanes=1):
     """The accelerator model's report, the jobs as dense layers of one network."""
     layers = [
         dense(f"job{n}", job.weights.shape[1], job.weights.shape[0], rows=job.activations.shape[0])
         for n, job in enumerate(jobs)
     ]
-    array = Array(rows=rows, cols=cols, dataflow="is", pe=GroupPE(group_size=group_size))
+    pe = GroupPE(group_size=group_size, lanes=lanes)
+    array = Array(rows=rows, cols=cols, dataflow="is", pe=pe)
     return evaluate(Network(layers), array, budgets=[job.budget for job in jobs])
 
 
@@ -167,6 +170,55 @@ def test_values_and_cycles_are_exact_with_slots_of_its_own_for_every_filter(
     np.testing.assert_array_equal([result.cycles for result in results], report.cycles)
     reads = [result.psum_reads for result in results]
     np.testing.assert_array_equal(reads, report.accesses["sram_psum_read"])
+
+
+@needs_icarus
+@pytest.mark.parametrize("encode_at_edge", [False, True], ids=["terms", "weights"])
+@pytest.mark.parametrize(
+    ("rows", "cols", "group_size", "lanes"),
+    [(1, 1, 4, 2), (3, 2, 4, 8), (4, 4, 8, 4), (2, 3, 16, 3)],
+)
+def test_values_and_cycles_are_exact_with_several_lanes(
+    rows, cols, group_size, lanes, encode_at_edge
+):
+    """Jobs of one budget and jobs of one a filter, activations of both signs and of one."""
+    rng = np.random.default_rng([rows, cols, group_size])
+    jobs = random_jobs(rng, rows, cols, group_size)
+    jobs[::3] = budgets_by_filter(jobs[::3], rng, group_size)
+    jobs[::2] = [
+        dataclasses.replace(j, activations=np.maximum(j.activations, 0)) for j in jobs[::2]
+    ]
+    results = rtl.simulate_array(
+        jobs,
+        rows=rows,
+        cols=cols,
+        group_size=group_size,
+        lanes=lanes,
+        encode_at_edge=encode_at_edge,
+    )
+    for job, result in zip(jobs, results, strict=True):
+        product = job.activations.astype(np.int64) @ job.weights.astype(np.int64).T
+        np.testing.assert_array_equal(result.outputs, product)
+        row_folds = -(-job.weights.shape[1] // (rows * group_size))
+        folds = row_folds * -(-len(job.activations) // cols)
+        passes = -(-job.filter_budgets // lanes)
+        assert result.cycles == folds * (2 * rows + cols - 2 + passes.sum())
+        assert result.slots == folds * rows * lanes * passes.sum()
+    report = modelled(jobs, rows, cols, group_size, lanes)
+    np.testing.assert_array_equal([result.cycles for result in results], report.cycles)
+    reads, writes = report.accesses["sram_psum_read"], report.accesses["sram_ofmap_write"]
+    np.testing.assert_array_equal([result.psum_reads for result in results], reads)
+    np.testing.assert_array_equal([result.psum_writes for result in results], writes)
+
+
+@needs_icarus
+@pytest.mark.parametrize("lanes", [2, 4])
+def test_largest_sums_do_not_overflow_elements_of_several_lanes(lanes):
+    weights = np.array([[170], [-170]]) * np.ones((1, 16), np.int64)
+    activations = np.array([[-128], [127]]) * np.ones((1, 16), np.int64)
+    job = rtl.Job(weights=weights, activations=activations, budget=32)
+    (result,) = rtl.simulate_array([job], rows=2, cols=2, group_size=8, lanes=lanes)
+    np.testing.assert_array_equal(result.outputs, activations @ weights.T)
 
 
 @needs_icarus

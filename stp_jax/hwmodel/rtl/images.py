@@ -11,6 +11,7 @@ slots. Every file is plain ``$readmemh`` text, one word a line, and holds the jo
                     weights.hex, in activations.hex and in the output buffer
 ``filters.hex``     two 32-bit words a filter, job by job: its slots k, and those of the
                     filters before it in the job
+``bias.hex``        32 bits a filter, job by job: what the sum of its first fold starts from
 ``wire_slots.hex``  one wire slot (`stp_jax.terms.slots`) a line, ordered
                     [row fold][filter][row][slot]: {valid, sign, exponent, index}, valid on top;
                     a group's terms come largest exponent first, ties by index; 8 bits for
@@ -22,6 +23,11 @@ slots. Every file is plain ``$readmemh`` text, one word a line, and holds the jo
 
 The test bench feeds the rows from `wire_slots.hex` as the edge would after it has decoded a stored
 stream. The output buffer holds the sums as 32-bit words ordered [pixel][filter].
+
+An array of several lanes takes a pass of ``lanes`` slots a cycle: then "slots" of the table are
+passes, a line of ``wire_slots.hex`` holds a pass, lane 0 lowest, and its terms come added ones
+first, subtracted ones last. Such an array works in offset form (gpe_lanes.v): signed activations
+are stored plus 128, and the bias takes off what that and the complements of subtracted terms add.
 """
 
 from __future__ import annotations
@@ -152,6 +158,47 @@ def _filter_slots(
     return [found[m] for m in range(len(budgets))]
 
 
+def passes(budgets: npt.NDArray[np.integer], lanes: int) -> npt.NDArray[np.integer]:
+    """Passes of ``lanes`` slots that groups with these budgets take."""
+    return -(-budgets // lanes)
+
+
+def _pass_words(
+    words: npt.NDArray[np.uint32], lanes: int, *, slot_bits: int
+) -> npt.NDArray[np.object_]:
+    """Wire slots [..., k] as passes [..., n] of ``lanes`` slots, Python integers, lane 0 lowest.
+
+    The terms spread evenly over the passes, the largest first. Within a pass added terms fill the
+    lanes from below and subtracted ones from above, which keeps the lanes' signs still.
+    """
+    slots = words.shape[-1]
+    count = int(passes(np.asarray(slots), lanes))
+    used = int(passes(np.asarray(slots), count))
+    spread = np.pad(words, [(0, 0)] * (words.ndim - 1) + [(0, count * used - slots)])
+    spread = spread.reshape(*words.shape[:-1], count, used)
+    valid_and_sign = spread >> np.uint32(slot_bits - 2)
+    key = np.array([1, 1, 0, 2])[valid_and_sign]  # empty slots between added and subtracted terms
+    ordered = np.take_along_axis(spread, np.argsort(key, axis=-1, kind="stable"), axis=-1)
+    shifts = np.array([1 << (slot_bits * lane) for lane in range(used)], np.object_)
+    return (ordered.astype(np.object_) * shifts).sum(axis=-1)
+
+
+def _zero_point(job: Job, lanes: int) -> int:
+    """What an array of several lanes adds to the job's activations."""
+    return 128 if lanes > 1 and job.activations.min() < 0 else 0
+
+
+def _biases(job: Job, lanes: int) -> npt.NDArray[np.int64]:
+    """What the filters' sums [M] start from: the negative of what offset form adds to them."""
+    weights = job.weights.astype(np.int64)
+    if lanes == 1:
+        return np.zeros(len(weights), np.int64)
+    digits = _naf_digits()[weights + _LARGEST]
+    subtracted = ((digits < 0).astype(np.int64) << np.arange(digits.shape[-1])).sum(axis=-1)
+    added = _LARGEST * subtracted + _zero_point(job, lanes) * weights
+    return -added.sum(axis=-1)
+
+
 def _tile(matrix: npt.NDArray[np.integer], rows: int, group_size: int) -> npt.NDArray[np.integer]:
     """Splits [N, K] along K: [row fold, row, N, g], the ragged end padded with zeros."""
     by_fold = GroupLayout(rows * group_size, axes=(1,)).split(matrix)
@@ -173,11 +220,11 @@ def activation_groups(
 
 def _byte_lines(groups: npt.NDArray[np.integer]) -> list[str]:
     """One hex line a group, element 0 in the lowest byte."""
-    raw = np.ascontiguousarray(groups.reshape(-1, groups.shape[-1])[:, ::-1], dtype=np.int8)
+    raw = np.ascontiguousarray(groups.reshape(-1, groups.shape[-1])[:, ::-1].astype(np.uint8))
     return [row.tobytes().hex() for row in raw]
 
 
-def _word_lines(words: npt.NDArray[np.uint32], bits: int) -> list[str]:
+def _word_lines(words: npt.NDArray[np.uint32] | npt.NDArray[np.object_], bits: int) -> list[str]:
     digits = (bits + 3) // 4
     return [f"{word:0{digits}x}" for word in words.ravel().tolist()]
 
@@ -205,6 +252,7 @@ def write_images(
     cols: int,
     group_size: int,
     encode_at_edge: bool,
+    lanes: int = 1,
 ) -> dict[str, int]:
     """Writes the images of all jobs for an array of ``rows`` × ``cols`` group PEs.
 
@@ -216,6 +264,7 @@ def write_images(
       group_size: g, activations resident in a PE.
       encode_at_edge: False writes ``wire_slots.hex``, True ``weights.hex`` for the encoders at the
         edge.
+      lanes: terms that a PE takes in a cycle.
 
     Returns:
       The number of words in each image and in the output buffer, under the names of the test
@@ -226,6 +275,7 @@ def write_images(
     """
     headers: list[int] = []
     filter_words: list[int] = []
+    biases: list[int] = []
     slots: list[str] = []
     slot_bits = slot_format(group_size, 2, BITS).wire_bits
     weights: list[str] = []
@@ -236,21 +286,27 @@ def write_images(
         resident = activation_groups(job, rows=rows, cols=cols, group_size=group_size)
         filters, pixels = job.weights.shape[0], job.activations.shape[0]
         budgets = job.filter_budgets
-        headers += [*resident.shape[:2], filters, int(budgets.sum()), pixels]
+        steps = passes(budgets, lanes)  # in cycles; slots where there is one lane
+        headers += [*resident.shape[:2], filters, int(steps.sum()), pixels]
         headers += [group_base, len(activations), output_base]
-        filter_words += np.stack([budgets, np.cumsum(budgets) - budgets], axis=1).ravel().tolist()
-        words = _filter_slots(by_fold, budgets)  # also what refuses a group over its budget
+        filter_words += np.stack([steps, np.cumsum(steps) - steps], axis=1).ravel().tolist()
+        biases += _biases(job, lanes).tolist()
+        filter_slots = _filter_slots(by_fold, budgets)  # also what refuses a group over its budget
+        words = [_pass_words(w, lanes, slot_bits=slot_bits) for w in filter_slots]
         if encode_at_edge:
             _check_int8("stored weights", by_fold)
             weights += _byte_lines(by_fold)
         else:
             for fold in range(len(by_fold)):
-                slots += _word_lines(np.concatenate([w[fold].ravel() for w in words]), slot_bits)
-        activations += _byte_lines(resident)
+                slots += _word_lines(
+                    np.concatenate([w[fold].ravel() for w in words]), lanes * slot_bits
+                )
+        activations += _byte_lines(resident + _zero_point(job, lanes))
         group_base += by_fold[..., 0].size
         output_base += filters * pixels
     _write(directory / "jobs.hex", _word_lines(np.array(headers, np.uint32), 32))
     _write(directory / "filters.hex", _word_lines(np.array(filter_words, np.uint32), 32))
+    _write(directory / "bias.hex", _word_lines(np.array(biases, np.int64).astype(np.uint32), 32))
     _write(directory / "activations.hex", activations)
     _write(
         directory / ("weights.hex" if encode_at_edge else "wire_slots.hex"),

@@ -21,6 +21,11 @@ filters have slots of their own, Σ k of all filters in place of T·k):
   last sums is hidden by the next fold's first cycle. Folds do not overlap otherwise: activations
   are single-buffered in the elements.
 
+With ``lanes`` L above 1 the elements are those of gpe_lanes.v: a filter of k slots takes ⌈k/L⌉
+passes, one a cycle, and a fold 2R + C − 2 cycles and the passes of its filters. Every pass has a
+partial sum of its own on the way down; those of a filter are added below the bottom row, so that no
+element accumulates and the skew between rows stays one cycle.
+
 Row folds of one column fold follow each other; the sums of the earlier ones are read from the
 output buffer and enter at the top of the columns, so accumulating over folds costs reads, P·M for
 each row fold but the first, and no cycles.
@@ -149,7 +154,13 @@ def simulate_weight_edge(groups: npt.NDArray[np.integer], *, slots: int) -> npt.
 
 
 def simulate_array(
-    jobs: Sequence[Job], *, rows: int, cols: int, group_size: int, encode_at_edge: bool = False
+    jobs: Sequence[Job],
+    *,
+    rows: int,
+    cols: int,
+    group_size: int,
+    lanes: int = 1,
+    encode_at_edge: bool = False,
 ) -> list[JobResult]:
     """Runs matrix products on the input-stationary array of group PEs, one after another.
 
@@ -158,6 +169,7 @@ def simulate_array(
       rows: R, at least 1.
       cols: C, at least 1.
       group_size: g, activations resident in a PE, at least 2.
+      lanes: L, terms that a PE takes in a cycle; from 2 on, PEs are those of gpe_lanes.v.
       encode_at_edge: False streams term slots; True stores weights as int8 and encodes
         them at the array's edge.
 
@@ -169,10 +181,11 @@ def simulate_array(
       FileNotFoundError: Icarus Verilog is not installed.
       RuntimeError: the simulation failed or did not end.
     """
-    if rows < 1 or cols < 1 or group_size < 2 or not jobs:
+    if rows < 1 or cols < 1 or group_size < 2 or lanes < 1 or not jobs:
         raise ValueError(
-            "rows and cols must be at least 1, group_size at least 2, with at least one job; got "
-            f"rows={rows}, cols={cols}, group_size={group_size}, {len(jobs)} jobs"
+            "rows, cols and lanes must be at least 1, group_size at least 2, with at least one "
+            f"job; got rows={rows}, cols={cols}, lanes={lanes}, group_size={group_size}, "
+            f"{len(jobs)} jobs"
         )
     with tempfile.TemporaryDirectory() as name:
         directory = pathlib.Path(name)
@@ -183,11 +196,13 @@ def simulate_array(
             cols=cols,
             group_size=group_size,
             encode_at_edge=encode_at_edge,
+            lanes=lanes,
         )
         parameters |= {
             "ROWS": rows,
             "COLUMNS": cols,
             "GROUP": group_size,
+            "LANES": lanes,
             "ENCODE": int(encode_at_edge),
             "SLOT_BITS": slot_format(group_size, 2, images.BITS).wire_bits,
         }
@@ -202,7 +217,7 @@ def simulate_array(
             cycles=int(cycles),
             psum_reads=int(reads),
             psum_writes=int(writes),
-            slots=int(slots),
+            slots=int(slots) * lanes,
         )
         for job, words, (cycles, reads, writes, slots) in zip(
             jobs, np.split(outputs, ends[:-1]), counts, strict=True

@@ -5,13 +5,14 @@
 // the last element's last sum is seen to complete, never after a computed number of cycles: the
 // length of a fold is an observation. The next fold loads in the cycle that follows.
 //
-// Writes results.txt (a line a job: cycles, partial-sum reads, partial-sum writes, term slots that
+// Writes results.txt (a line a job: cycles, partial-sum reads, partial-sum writes, slots or passes that
 // entered the array) and outputs.hex (the output buffer).
 `timescale 1ns / 1ps
 module tb_gpe_array;
     parameter ROWS = 2;
     parameter COLUMNS = 2;
     parameter GROUP = 8;
+    parameter LANES = 1;         // 1: gpe_array, a slot a cycle; more: gpe_lanes_array, a pass of them
     parameter ENCODE = 0;        // 1: rows read weights.hex through weight_edge; 0: wire_slots.hex
     parameter JOBS = 1;
     parameter FILTERS = 1;       // of all jobs together
@@ -25,11 +26,13 @@ module tb_gpe_array;
     localparam INDEX = $clog2(GROUP);
     localparam EXPONENT = $clog2(WIDTH);
     parameter SLOT_BITS = 2 + EXPONENT + INDEX;  // a slot on the wires, as the images have it
+    localparam PASS_BITS = LANES * SLOT_BITS;    // "slots" below are passes where LANES > 1
     localparam RESIDENT = GROUP * WIDTH;
 
     reg [31:0]         job_words [0:8*JOBS-1];
     reg [31:0]         filter_words [0:2*FILTERS-1];
-    reg [SLOT_BITS-1:0] slot_words [0:SLOT_WORDS-1];
+    reg [PSUM-1:0]     bias_words [0:FILTERS-1];
+    reg [PASS_BITS-1:0] slot_words [0:SLOT_WORDS-1];
     reg [RESIDENT-1:0] weight_words [0:WEIGHT_WORDS-1];
     reg [RESIDENT-1:0] activation_words [0:ACTIVATION_WORDS-1];
     reg [PSUM-1:0]     outputs [0:OUTPUT_WORDS-1];
@@ -64,11 +67,12 @@ module tb_gpe_array;
     reg         fetch_d  [0:ROWS];          // [r]: the fetch of row r, delayed from row 0
     reg  [31:0] filter_d [0:ROWS];
     reg  [31:0] slot_d   [0:ROWS];
-    wire [ROWS-1:0]          valid_in, sign_in, last_in;
-    wire [ROWS*EXPONENT-1:0] exponent_in;
-    wire [ROWS*INDEX-1:0]    index_in;
+    wire [ROWS-1:0]                last_in, shown_of;
+    wire [ROWS*LANES-1:0]          valid_in, sign_in;
+    wire [ROWS*LANES*EXPONENT-1:0] exponent_in;
+    wire [ROWS*LANES*INDEX-1:0]    index_in;
 
-    genvar r, c;
+    genvar r, c, l;
     generate
         for (r = 0; r < ROWS; r = r + 1) begin : row
             wire        fetch  = r == 0 ? fetch_0 : fetch_d[r];
@@ -87,34 +91,40 @@ module tb_gpe_array;
                 slot_d[r+1]   <= slot_r;
             end
             assign last_in[r] = last;
+            assign shown_of[r] = shown;
 
             if (ENCODE) begin : encoded
-                wire valid;
-                weight_edge #(.GROUP(GROUP), .WIDTH(WIDTH)) edge_of_row (
+                wire [LANES-1:0] valid;
+                weight_edge #(.GROUP(GROUP), .WIDTH(WIDTH), .LANES(LANES)) edge_of_row (
                     .clock(clock),
                     .reset(reset),
                     .load(fetch & (slot_r == 0)),
                     .weights(weight_words[group_base + group]),
                     .valid(valid),
-                    .sign(sign_in[r]),
-                    .exponent(exponent_in[r*EXPONENT +: EXPONENT]),
-                    .index(index_in[r*INDEX +: INDEX])
+                    .sign(sign_in[r*LANES +: LANES]),
+                    .exponent(exponent_in[r*LANES*EXPONENT +: LANES*EXPONENT]),
+                    .index(index_in[r*LANES*INDEX +: LANES*INDEX])
                 );
-                assign valid_in[r] = valid & shown;
+                assign valid_in[r*LANES +: LANES] = valid & {LANES{shown}};
             end else begin : packed_terms
-                reg [SLOT_BITS-1:0] term = 0;
+                reg [PASS_BITS-1:0] pass = 0;
                 wire [31:0] first = (row_fold * slots + before_r) * ROWS + r * slots_r;
-                always @(posedge clock) term <= slot_words[term_base + first + slot_r];
-                assign valid_in[r] = term[SLOT_BITS-1] & shown;
-                assign sign_in[r] = term[SLOT_BITS-2];
-                assign exponent_in[r*EXPONENT +: EXPONENT] = term[INDEX +: EXPONENT];
-                assign index_in[r*INDEX +: INDEX] = term[0 +: INDEX];
+                always @(posedge clock) pass <= slot_words[term_base + first + slot_r];
+                for (l = 0; l < LANES; l = l + 1) begin : lane
+                    localparam AT = r*LANES + l;
+                    wire [SLOT_BITS-1:0] term = pass[l*SLOT_BITS +: SLOT_BITS];
+                    assign valid_in[AT] = term[SLOT_BITS-1] & shown;
+                    assign sign_in[AT] = term[SLOT_BITS-2];
+                    assign exponent_in[AT*EXPONENT +: EXPONENT] = term[INDEX +: EXPONENT];
+                    assign index_in[AT*INDEX +: INDEX] = term[0 +: INDEX];
+                end
             end
         end
     endgenerate
 
     // ---- Edge of the columns: activations down from the top, row ROWS-1's first; partial sums of
-    // earlier row folds in at the top, sums out at the bottom into the output buffer.
+    // earlier row folds in at the top, or the filters' biases; sums out at the bottom into the output
+    // buffer.
     wire [COLUMNS*RESIDENT-1:0] activations_in;
     wire [COLUMNS*PSUM-1:0]     psum_in, psum;
     wire [COLUMNS-1:0]          psum_take, psum_done;
@@ -132,7 +142,8 @@ module tb_gpe_array;
 
             assign activations_in[c*RESIDENT +: RESIDENT] =
                 activation_words[activation_base + (fold*ROWS + ROWS-1 - load_row)*COLUMNS + c];
-            assign psum_in[c*PSUM +: PSUM] = earlier ? outputs[address + taken] : {PSUM{1'b0}};
+            assign psum_in[c*PSUM +: PSUM] =
+                earlier ? outputs[address + taken] : bias_words[filter_base + taken];
 
             always @(posedge clock) begin
                 taken <= reset | loading ? 0 : taken + psum_take[c];
@@ -144,15 +155,32 @@ module tb_gpe_array;
         end
     endgenerate
 
-    gpe_array #(
-        .ROWS(ROWS), .COLUMNS(COLUMNS), .GROUP(GROUP), .WIDTH(WIDTH), .PSUM(PSUM)
-    ) array (
-        .clock(clock), .reset(reset),
-        .load(running & loading), .activations_in(activations_in),
-        .valid_in(valid_in), .sign_in(sign_in), .exponent_in(exponent_in),
-        .index_in(index_in), .last_in(last_in),
-        .psum_in(psum_in), .psum_take(psum_take), .psum_done(psum_done), .psum(psum)
-    );
+    generate
+        if (LANES == 1) begin : serial
+            gpe_array #(
+                .ROWS(ROWS), .COLUMNS(COLUMNS), .GROUP(GROUP), .WIDTH(WIDTH), .PSUM(PSUM)
+            ) array (
+                .clock(clock), .reset(reset),
+                .load(running & loading), .activations_in(activations_in),
+                .valid_in(valid_in), .sign_in(sign_in), .exponent_in(exponent_in),
+                .index_in(index_in), .last_in(last_in),
+                .psum_in(psum_in), .psum_take(psum_take), .psum_done(psum_done), .psum(psum)
+            );
+        end else begin : parallel
+            // The bus shows row ROWS-1's activations first.
+            wire [ROWS-1:0] load = {{(ROWS-1){1'b0}}, running & loading} << (ROWS - 1 - load_row);
+            gpe_lanes_array #(
+                .ROWS(ROWS), .COLUMNS(COLUMNS), .GROUP(GROUP), .LANES(LANES), .WIDTH(WIDTH),
+                .PSUM(PSUM)
+            ) array (
+                .clock(clock), .reset(reset),
+                .load(load), .activations_in(activations_in),
+                .valid_in(valid_in), .sign_in(sign_in), .exponent_in(exponent_in),
+                .index_in(index_in), .active_in(shown_of), .last_in(last_in),
+                .psum_in(psum_in), .psum_take(psum_take), .psum_done(psum_done), .psum(psum)
+            );
+        end
+    endgenerate
 
     // ---- Events of the last column say when a fold is over.
     wire fold_ends = psum_done[COLUMNS-1] & (column[COLUMNS-1].done == filters - 1);
@@ -172,10 +200,6 @@ module tb_gpe_array;
             end
         for (n = 0; n < ROWS; n = n + 1) slots_now = slots_now + shown_of[n];
     end
-    wire [ROWS-1:0] shown_of;
-    generate
-        for (r = 0; r < ROWS; r = r + 1) assign shown_of[r] = row[r].shown;
-    endgenerate
 
     integer results;
     always @(posedge clock) if (running) begin
@@ -227,6 +251,7 @@ module tb_gpe_array;
         if (SLOT_BITS != 2 + EXPONENT + INDEX) $display("FAIL: SLOT_BITS is %0d", SLOT_BITS);
         $readmemh("jobs.hex", job_words);
         $readmemh("filters.hex", filter_words);
+        $readmemh("bias.hex", bias_words);
         if (ENCODE) $readmemh("weights.hex", weight_words);
         else $readmemh("wire_slots.hex", slot_words);
         $readmemh("activations.hex", activation_words);

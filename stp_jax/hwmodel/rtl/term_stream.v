@@ -1,13 +1,14 @@
-// Serialises a group of GROUP encoded weights into its terms, one a cycle, largest first.
+// Serialises a group of GROUP encoded weights into its terms, LANES a cycle, largest first.
 //
-// `load` takes the digits of a group; from the next cycle on, each cycle shows one term, ordered by
-// exponent (descending), then by index (ascending), and drops it at the clock edge. When the group
-// is exhausted, `valid` is low: the slot is empty. A new `load` may come in the cycle of any slot,
+// `load` takes the digits of a group; from the next cycle on, each cycle shows LANES terms, ordered
+// by exponent (descending), then by index (ascending), and drops them at the clock edge. When the
+// group is exhausted, `valid` is low: the slot is empty. A new `load` may come in the cycle of any slot,
 // so groups follow each other without a gap, and a group cut off after k slots has kept its k
 // largest terms: term revealing's greedy projection (Kung, McDanel and Zhang, SC20).
 module term_stream #(
     parameter GROUP = 8,
     parameter WIDTH = 8,  // digits per weight
+    parameter LANES = 1,
     parameter INDEX = $clog2(GROUP),
     parameter EXPONENT = $clog2(WIDTH)
 ) (
@@ -16,10 +17,10 @@ module term_stream #(
     input                         load,
     input      [GROUP*WIDTH-1:0]  plus,   // weight i in bits [i*WIDTH +: WIDTH]
     input      [GROUP*WIDTH-1:0]  minus,
-    output                        valid,
-    output reg                    sign,   // 1: the term is subtracted
-    output reg [EXPONENT-1:0]     exponent,
-    output reg [INDEX-1:0]        index
+    output reg [LANES-1:0]        valid,
+    output reg [LANES-1:0]        sign,   // 1: the term is subtracted
+    output reg [LANES*EXPONENT-1:0] exponent,
+    output reg [LANES*INDEX-1:0]  index
 );
     localparam TERMS = GROUP * WIDTH;
 
@@ -28,9 +29,10 @@ module term_stream #(
     reg [TERMS-1:0] negative;
     reg [TERMS-1:0] plus_ordered;
     reg [TERMS-1:0] minus_ordered;
-    wire [TERMS-1:0] first = pending & (~pending + 1'b1);  // one-hot: the lowest pending position
+    reg [TERMS-1:0] first;  // one-hot: the lowest position that is left
+    reg [TERMS-1:0] left;
 
-    integer i, e, p;
+    integer i, e, p, l;
 
     always @* begin
         for (e = 0; e < WIDTH; e = e + 1)
@@ -40,20 +42,26 @@ module term_stream #(
             end
     end
 
-    assign valid = |pending;
-
     always @* begin
-        sign = |(first & negative);
-        exponent = {EXPONENT{1'b0}};
-        index = {INDEX{1'b0}};
-        for (p = 0; p < TERMS; p = p + 1) begin
-            exponent = exponent | ({EXPONENT{first[p]}} & (WIDTH - 1 - p / GROUP));
-            index = index | ({INDEX{first[p]}} & (p % GROUP));
+        left = pending;
+        exponent = {LANES*EXPONENT{1'b0}};
+        index = {LANES*INDEX{1'b0}};
+        for (l = 0; l < LANES; l = l + 1) begin
+            first = left & (~left + 1'b1);
+            valid[l] = |left;
+            sign[l] = |(first & negative);
+            for (p = 0; p < TERMS; p = p + 1) begin
+                exponent[l*EXPONENT +: EXPONENT] = exponent[l*EXPONENT +: EXPONENT]
+                    | ({EXPONENT{first[p]}} & (WIDTH - 1 - p / GROUP));
+                index[l*INDEX +: INDEX] = index[l*INDEX +: INDEX]
+                    | ({INDEX{first[p]}} & (p % GROUP));
+            end
+            left = left & ~first;
         end
     end
 
     always @(posedge clock) begin
-        pending  <= reset ? {TERMS{1'b0}} : load ? plus_ordered | minus_ordered : pending & ~first;
+        pending  <= reset ? {TERMS{1'b0}} : load ? plus_ordered | minus_ordered : left;
         negative <= load ? minus_ordered : negative;
     end
 endmodule

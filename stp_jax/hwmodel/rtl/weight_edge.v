@@ -5,6 +5,7 @@
 module weight_edge #(
     parameter GROUP = 8,
     parameter WIDTH = 8,
+    parameter LANES = 1,  // terms a cycle
     parameter INDEX = $clog2(GROUP),
     parameter EXPONENT = $clog2(WIDTH)
 ) (
@@ -12,10 +13,10 @@ module weight_edge #(
     input                      reset,
     input                      load,
     input  [GROUP*WIDTH-1:0]   weights,  // weight i in bits [i*WIDTH +: WIDTH]
-    output                     valid,
-    output                     sign,
-    output [EXPONENT-1:0]      exponent,
-    output [INDEX-1:0]         index
+    output [LANES-1:0]         valid,
+    output [LANES-1:0]         sign,
+    output [LANES*EXPONENT-1:0] exponent,
+    output [LANES*INDEX-1:0]   index
 );
     wire [GROUP*WIDTH-1:0] plus, minus;
 
@@ -30,7 +31,7 @@ module weight_edge #(
         end
     endgenerate
 
-    term_stream #(.GROUP(GROUP), .WIDTH(WIDTH)) stream (
+    term_stream #(.GROUP(GROUP), .WIDTH(WIDTH), .LANES(LANES)) stream (
         .clock(clock), .reset(reset), .load(load),
         .plus(plus), .minus(minus),
         .valid(valid), .sign(sign), .exponent(exponent), .index(index)

@@ -1,0 +1,143 @@
+"""Energy by gates: counts of the events whose energies were measured on synthesised PEs.
+
+A table of arithmetic prices an addition; a table measured by gates prices what a whole processing
+element does in a slot: selector, shifter, adders, registers and clock together
+(`benchmarks/rtl_tables.py`). The first terms of a group are its largest and move the most bits, so
+they have entries of their own; a term that meets an activation of zero moves fewer. What moves in a
+multiplier grows with the bits of its activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from jax.typing import ArrayLike
+
+from stp_jax.hwmodel.folding import Folding
+from stp_jax.hwmodel.network import Network
+from stp_jax.hwmodel.numbers import Operands, Vector, as_real, namespace_of
+from stp_jax.hwmodel.smoothing import smooth_minimum
+from stp_jax.hwmodel.term_histogram import lookup
+
+GROUP_SIZE = 8  # of the measured group PE
+BITS = 8
+# Of activations where they are not given: half-Gaussian with 40 % zeros, as in the measurements.
+LIVE_SHARE = 0.6
+MEAN_BITS = 3.0
+
+MAC_EVENTS = ("mac", "mac_bit", "mac_load")
+GROUP_EVENTS = (
+    "group",
+    "group_second_term",
+    "group_third_term",
+    "group_further_term",
+    "group_live_term",
+    "group_live_pair",
+    "group_first_empty_slot",
+    "group_further_empty_slot",
+    "group_load",
+)
+EDGE_EVENTS = ("edge_group", "edge_second_slot", "edge_further_slot")
+
+
+def live_shares(network: Network, activations: Operands | None) -> np.ndarray:
+    """Share of each layer's activations that are not zero; 0.6 where they are not given."""
+    return _means(network, activations, lambda a: a != 0, LIVE_SHARE)
+
+
+def mean_bits(network: Network, activations: Operands | None) -> np.ndarray:
+    """Mean bits of each layer's activations' magnitudes; 3.0 where they are not given."""
+    return _means(network, activations, lambda a: np.ceil(np.log2(a + 1.0)), MEAN_BITS)
+
+
+def _means(
+    network: Network,
+    activations: Operands | None,
+    of: Callable[[np.ndarray], np.ndarray],
+    default: float,
+) -> np.ndarray:
+    """Means by layer of a function of magnitudes; those of 8 bits are halved, as PEs take int8."""
+
+    def mean(values: ArrayLike | None) -> float:
+        if values is None:
+            return default
+        magnitudes = np.abs(np.asarray(values).astype(np.int64))
+        return float(of(magnitudes // 2 if magnitudes.max() > 127 else magnitudes).mean())
+
+    return np.array([mean(lookup(activations or {}, layer)) for layer in network])
+
+
+def load_cycles(folding: Folding) -> Vector:
+    """PE-cycles in which resident activations move down a row: R * R * C in each fold."""
+    return folding.folds * folding.rows * folding.rows * folding.cols
+
+
+def mac_events(folding: Folding, bits: np.ndarray) -> dict[str, Vector]:
+    """Events of `BitParallel` PEs, real vectors over layers."""
+    xp = namespace_of(folding.K)
+    return {
+        "mac": folding.macs,
+        "mac_bit": folding.macs * as_real(bits, xp),
+        "mac_load": load_cycles(folding),
+    }
+
+
+def group_events(
+    folding: Folding,
+    budgets: Vector,
+    groups: Vector,
+    slots: Vector,
+    held: Callable[[Vector], Vector],
+    live: np.ndarray,
+    smoothing: float,
+) -> dict[str, Vector]:
+    """Events of `GroupPE`s, real vectors over layers.
+
+    Args:
+      folding: of the network onto the array.
+      budgets: k by entry, that is by layer or by filter.
+      groups: of all filters and products, each met once by every output pixel; by layer.
+      slots: of these groups, by layer.
+      held: caps by entry -> terms of all groups by layer, none counted beyond its cap.
+      live: share of activations that are not zero.
+      smoothing: see `evaluate`.
+    """
+    xp = namespace_of(folding.K)
+    first, second, third = (
+        held(xp.asarray(smooth_minimum(budgets, n, smoothing))) for n in (1.0, 2.0, 3.0)
+    )
+    terms, live = held(budgets), as_real(live, xp)
+    # Groups of at least one term whose last slot is empty; a group without any has nothing to end.
+    ending = first - (terms - held(xp.maximum(budgets - 1.0, 0.0)))
+    mean = terms / groups
+    dead = xp.maximum(1.0 - live, 1e-6)  # 0 to a power below 1 has no gradient
+    pairs = 1.0 - dead**mean - mean * live * dead ** (mean - 1.0)
+    events = {
+        "group": groups,
+        "group_second_term": second - first,
+        "group_third_term": third - second,
+        "group_further_term": terms - third,
+        "group_live_term": (terms - first) * live,
+        "group_live_pair": groups * xp.maximum(pairs, 0.0),
+        "group_first_empty_slot": ending,
+        # The group's own event has a slot, whether it holds a term or not.
+        "group_further_empty_slot": slots - terms - (groups - first) - ending,
+    }
+    by_pixel = {name: count * folding.P for name, count in events.items()}
+    return {**by_pixel, "group_load": load_cycles(folding)}
+
+
+def edge_events(weights_read: Vector, budgets: Vector, smoothing: float = 0.0) -> dict[str, Vector]:
+    """Events of the rows' edges, encoders and serialiser, for weights that enter as integers.
+
+    A group with its first slot, then its second, with which the serialiser begins to work, and the
+    others; slots without a term cost almost the same.
+    """
+    groups = weights_read / GROUP_SIZE
+    first, second = (smooth_minimum(budgets, n, smoothing) for n in (1.0, 2.0))
+    return {
+        "edge_group": groups,
+        "edge_second_slot": groups * (second - first),
+        "edge_further_slot": groups * (budgets - second),
+    }

@@ -1,0 +1,57 @@
+"""Every studied processing element computes exactly, in the cycles that its stimulus states."""
+
+import numpy as np
+import pytest
+
+from benchmarks.rtl.catalogue import DESIGNS
+from benchmarks.rtl.design import Design, Operands
+from benchmarks.rtl.play import play_design
+from stp_jax import terms
+from stp_jax.hwmodel.rtl.simulate import icarus_available
+
+pytestmark = pytest.mark.skipif(not icarus_available(), reason="Icarus Verilog is not installed")
+
+_EXTREMES = np.array([-128, -127, -1, 0, 1, 85, -86, 127])
+
+
+def _operands(design: Design, budget: int, *, filters: int = 9) -> Operands:
+    """Random and extreme values: folds of both, filters of both, one of empty slots only."""
+    rng = np.random.default_rng(budget)
+    group = max(design.group, 8)
+    activations = rng.integers(-128, 128, (4, group))
+    activations[1] = np.resize(_EXTREMES, group)
+    activations[2] = -128
+    weights = rng.integers(-128, 128, (4, filters, group))
+    weights[:, 1] = np.resize(_EXTREMES[::-1], group)
+    weights[:, 2] = -128
+    weights[:, 3] = 127
+    weights[:, 4] = 0
+    if design.takes_terms:
+        options = {"group_size": design.group, "budget": budget, "axis": -1}
+        weights = np.asarray(terms.project(weights, method="greedy", **options))
+    elif design.top == "mac_offset_dot":
+        weights = np.maximum(weights, -127)  # sign and magnitude
+    return Operands(
+        activations=activations,
+        weights=weights,
+        psums=rng.integers(-(2**22), 2**22, (4, filters)),
+    )
+
+
+_CASES = [(n, k) for n, d in DESIGNS.items() for k in ((1, 3, 6, 8) if d.takes_terms else (1,))]
+
+
+@pytest.mark.parametrize(("name", "budget"), _CASES)
+def test_values_and_cycles(name: str, budget: int) -> None:
+    design = DESIGNS[name]
+    operands = _operands(design, budget)
+    play_design(design, design.drive(operands, budget))
+
+
+def test_player_sees_a_wrong_sum() -> None:
+    design = DESIGNS["gpe"]
+    stimulus = design.drive(_operands(design, 2), 2)
+    cycles, values = stimulus.expected["psum"]
+    values[5] ^= 1
+    with pytest.raises(RuntimeError, match=f"FAIL cycle {cycles[5]}"):
+        play_design(design, stimulus)

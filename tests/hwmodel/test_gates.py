@@ -1,0 +1,149 @@
+"""Energy by gates: events counted by hand, and what a measured table cannot price."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from stp_jax import hwmodel, terms
+from stp_jax.hwmodel import gates
+
+_ENTRIES = (*gates.MAC_EVENTS, *gates.GROUP_EVENTS, *gates.EDGE_EVENTS)
+NETWORK = hwmodel.Network((hwmodel.dense("fc", 64, 16, rows=5),))
+GROUP_ARRAY = hwmodel.Array(rows=4, cols=4, pe=hwmodel.GroupPE(group_size=8))
+MAC_ARRAY = hwmodel.Array(rows=4, cols=4)
+
+
+def _technology(**energies):
+    """All events cost next to nothing, save the given ones."""
+    priced = dict.fromkeys(_ENTRIES, 1e-12) | energies
+    priced |= dict.fromkeys(("sram_8kib_64b", "sram_32kib_64b", "sram_1mib_64b", "dram_64b"), 1.0)
+    return hwmodel.Technology(
+        name="counting",
+        node_nm=45.0,
+        energy_pj=priced,
+        area_um2={},
+        sources=tuple((f"energy_pj.{name}", "counts events") for name in priced),
+        basis="gates",
+    )
+
+
+def _count(event, array=GROUP_ARRAY, component="array", **arguments):
+    report = hwmodel.evaluate(NETWORK, array, technology=_technology(**{event: 1.0}), **arguments)
+    return report.energy_pj[component].item()
+
+
+@pytest.mark.parametrize(
+    ("event", "per_group"),
+    [
+        ("group", 1),
+        ("group_second_term", 1),
+        ("group_third_term", 1),
+        ("group_further_term", 2),
+        ("group_live_term", 4 * 0.6),
+        ("group_live_pair", 1 - 0.4**5 - 5 * 0.6 * 0.4**4),
+    ],
+)
+def test_full_groups_have_an_event_for_each_of_their_terms(event, per_group):
+    groups = 64 // 8 * 16 * 5
+    assert _count(event, budgets=5) == pytest.approx(groups * per_group, rel=1e-6)
+
+
+def test_loading_clocks_the_resident_registers_of_all_rows():
+    folds = 2 * 2  # 8 groups on 4 rows, 5 pixels on 4 columns
+    assert _count("group_load", budgets=5) == pytest.approx(folds * 4 * 4 * 4)
+    folds = 16 * 2
+    assert _count("mac_load", MAC_ARRAY) == pytest.approx(folds * 4 * 4 * 4)
+
+
+def test_slots_without_a_term_are_empty():
+    weights = np.zeros((64, 16), np.int64)
+    weights[::8] = 5  # two terms, in one weight of every group
+    groups = 64 // 8 * 16 * 5
+    counted = {
+        event: _count(event, budgets=6, weights={"fc": weights}) for event in gates.GROUP_EVENTS
+    }
+    assert counted["group"] == counted["group_second_term"] == pytest.approx(groups)
+    assert counted["group_third_term"] == pytest.approx(0, abs=1e-3)
+    assert counted["group_first_empty_slot"] == pytest.approx(groups)
+    assert counted["group_further_empty_slot"] == pytest.approx(groups * 3)
+
+
+def test_zeros_and_bits_are_those_of_the_activations():
+    inputs = np.full((5, 64), 5)
+    inputs[:, ::4] = 0
+    macs, live = 64 * 16 * 5, 64 // 8 * 16 * 5
+    assert _count("mac_bit", MAC_ARRAY) == pytest.approx(3.0 * macs)
+    assert _count("mac_bit", MAC_ARRAY, activations={"fc": inputs}) == pytest.approx(2.25 * macs)
+    given = {"activations": {"fc": inputs}, "budgets": 2}
+    assert _count("group_live_term", **given) == pytest.approx(0.75 * live)
+
+
+def test_the_edge_serialises_every_group_that_is_read():
+    read = 64 // 8 * 16 * 2  # once for each of two column folds
+    assert _count("edge_group", component="encoder", budgets=5) == pytest.approx(read)
+    assert _count("edge_second_slot", component="encoder", budgets=5) == pytest.approx(read)
+    further = _count("edge_further_slot", component="encoder", budgets=5)
+    assert further == pytest.approx(3 * read)
+    packed = dataclasses.replace(GROUP_ARRAY, pe=hwmodel.GroupPE(group_size=8, packed=True))
+    assert _count("edge_group", packed, component="encoder", budgets=5) == 0.0
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        hwmodel.Array(rows=4, cols=4, pe=hwmodel.GroupPE(group_size=16)),
+        hwmodel.Array(rows=4, cols=4, dataflow="ws", pe=hwmodel.GroupPE(group_size=8)),
+        hwmodel.Array(rows=4, cols=4, pe=hwmodel.TermMac(group_size=8)),
+        hwmodel.Array(rows=4, cols=4, pe=hwmodel.Stripes()),
+    ],
+)
+def test_what_was_not_measured_has_no_energy_by_gates(array):
+    weights = {"fc": np.zeros((64, 16), np.int64)}
+    inputs = {"fc": np.zeros((5, 64), np.int64)}
+    with pytest.raises(ValueError, match="measured on netlists"):
+        hwmodel.evaluate(
+            NETWORK, array, weights=weights, activations=inputs, technology=_technology()
+        )
+
+
+def test_energies_by_gates_and_by_the_table_are_not_compared():
+    by_table = hwmodel.evaluate(NETWORK, MAC_ARRAY)
+    by_gates = hwmodel.evaluate(NETWORK, GROUP_ARRAY, budgets=8, technology=_technology())
+    assert (by_table.priced, by_gates.priced) == ("45 nm, by the table", "45 nm, by gates")
+    with pytest.raises(ValueError, match="by gates"):
+        hwmodel.computational_saving(by_table, by_gates)
+
+
+def test_energy_by_gates_has_a_gradient_in_the_budget():
+    technology = hwmodel.NANGATE_45NM_GATES
+
+    def energy(k):
+        report = hwmodel.evaluate(
+            NETWORK, GROUP_ARRAY, budgets=k, technology=technology, smoothing=0.05
+        )
+        return report.energy_pj["array"].sum()
+
+    for k in (1.5, 4.0, 8.0):
+        slope = jax.grad(energy)(k)
+        assert slope > 0
+        assert slope == pytest.approx((energy(k + 0.5) - energy(k - 0.5)), rel=0.2)
+
+
+def test_terms_are_sorted_into_the_events_exactly():
+    """Against a count of the weights' own digits, group by group."""
+    rng = np.random.default_rng(0)
+    drawn = rng.normal(size=(64, 16)) * 30
+    weights = np.array(terms.project(drawn, group_size=8, budget=4, axis=0))
+    weights[:8] = 0
+    held = np.asarray(terms.count(weights)).reshape(8, 8, 16).sum(axis=1)
+    given = {"budgets": 4, "weights": {"fc": weights}}
+    for event, expected in {
+        "group_second_term": held >= 2,
+        "group_third_term": held >= 3,
+        "group_further_term": np.maximum(held - 3, 0),
+        "group_first_empty_slot": (held > 0) & (held < 4),
+        "group_further_empty_slot": np.where(held == 0, 3, np.maximum(3 - held, 0)),
+    }.items():
+        assert _count(event, **given) == pytest.approx(5 * expected.sum(), abs=1e-3), event
