@@ -21,6 +21,7 @@ from stp_jax.quant.calibration import project_params as project_params
 from stp_jax.quant.calibration import search_weight_scales as search_weight_scales
 from stp_jax.quant.compensation import compensate as compensate
 from stp_jax.quant.default_policy import default_policy as default_policy
+from stp_jax.quant.guidance import damping as damping
 from stp_jax.quant.guidance import guidance as guidance
 from stp_jax.quant.integer import integer_model as integer_model
 from stp_jax.quant.layers import quantized_layers as quantized_layers

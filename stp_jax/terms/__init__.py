@@ -20,6 +20,8 @@ from stp_jax.terms.encodings import num_digits as num_digits
 from stp_jax.terms.encodings import signed as signed
 from stp_jax.terms.groups import GroupLayout as GroupLayout
 from stp_jax.terms.guidance import budget_schedule as budget_schedule
+from stp_jax.terms.guidance import choice_weights as choice_weights
+from stp_jax.terms.guidance import damp_oscillations as damp_oscillations
 from stp_jax.terms.guidance import guide as guide
 from stp_jax.terms.lattice import LatticePoints as LatticePoints
 from stp_jax.terms.lattice import nearest_points as nearest_points
