@@ -85,9 +85,9 @@ class Config:
     method: Method = "optimal"
     terms_per_weight: float = 0.75  # mean over the layers with budgets, when they are allocated
     allocate_for: Resource = "balanced"  # what the mean is of (`stp_jax.term_costs`)
-    budgets_by: Literal["layer", "filter"] = "layer"  # what gets an allocated budget of its own
+    budgets_by: Literal["layer", "filter"] = "filter"  # what gets an allocated budget of its own
     # Weights of errors: divergence of the outputs by layer, or squared gradients by weight.
-    error_weighting: Literal["outputs", "gradients", "none"] = "outputs"
+    error_weighting: Literal["outputs", "gradients", "none"] = "none"
     budget: int | None = None  # terms per group, the same in every layer; None allocates
     budgets: str | None = None  # JSON file {layer: terms per group, or a list by filter}, by hand
     int8_layers: str | None = None  # paths that keep all terms; None is the model's own choice

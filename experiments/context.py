@@ -192,8 +192,8 @@ def check_model(context: Context) -> None:
     except ValueError as error:
         raise ConfigError(f"int8_layers={config.int8_layers}: {error}") from error
     if config.budgets is not None:
-        shapes = nnx.eval_shape(lambda model: stp_jax.quantize(model, policy), abstract)
-        read_budgets(config, filters(shapes))
+        kernels = nnx.eval_shape(lambda model: _kernels(stp_jax.quantize(model, policy)), abstract)
+        read_budgets(config, {path: kernel.shape[-1] for path, kernel in kernels.items()})
 
 
 def make_policy(config: Config, model: nnx.Module) -> stp_jax.Policy:
@@ -211,12 +211,12 @@ def make_policy(config: Config, model: nnx.Module) -> stp_jax.Policy:
 
 def filters(model: nnx.Module) -> dict[str, int]:
     """The number of filters of each layer with a budget rule."""
+    return {path: kernel.shape[-1] for path, kernel in _kernels(model).items()}
+
+
+def _kernels(model: nnx.Module) -> dict[str, jax.Array]:
     layers = stp_jax.quantized_layers(model)
-    return {
-        path: layer.kernel.shape[-1]
-        for path, layer in layers.items()
-        if layer.rule.budget is not None
-    }
+    return {path: layer.kernel for path, layer in layers.items() if layer.rule.budget is not None}
 
 
 def read_budgets(config: Config, layers: Mapping[str, int]) -> dict[str, Any]:

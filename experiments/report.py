@@ -81,7 +81,17 @@ def write_results(context: Context, outcome: Outcome, name: str) -> dict[str, An
             split: len(getattr(context.dataset, split)) for split in ("train", "validation", "test")
         },
         "terms_per_weight": _terms(outcome, config.encoding),
-        "budgets": {path: plain(budget) for path, budget in outcome.budgets.items()},
+        # Terms per group; where each filter has its own, their mean, and below them all.
+        "budgets": {
+            path: budget if isinstance(budget, int) else float(np.mean(budget))
+            for path, budget in outcome.budgets.items()
+        },
+        "budgets_by_filter": {
+            path: plain(budget)
+            for path, budget in outcome.budgets.items()
+            if not isinstance(budget, int)
+        }
+        or None,
         "bytes": export.packed_sizes(outcome.model).total._asdict(),
         "accelerator": {
             "array": f"{config.rows}×{config.cols}, input-stationary",
@@ -155,7 +165,7 @@ def _plot(folder: Path, results: dict[str, Any]) -> None:
     by_layer = results["terms_per_weight"]["by_layer"]
     group_size = results["config"]["group_size"]
     axes.bar(list(by_layer), list(by_layer.values()), label="held by the weights")
-    budgets = stp_jax.mean_budgets(results["budgets"])
+    budgets = results["budgets"]
     axes.plot(
         list(budgets), [k / group_size for k in budgets.values()], "k_", ms=12, label="budget"
     )

@@ -29,7 +29,15 @@ from experiments.runtime import processes
 from experiments.runtime.log import write_json
 
 _LONGEST_NAME = 120  # characters; file systems stop at 255 bytes
-_NOT_TABLED = ("config", "versions", "budgets", "by_layer", "cycles_by_layer", "seed")
+_NOT_TABLED = (
+    "config",
+    "versions",
+    "budgets",
+    "budgets_by_filter",
+    "by_layer",
+    "cycles_by_layer",
+    "seed",
+)
 _SHOWN = (
     "validation_top1_percent.float",
     "validation_top1_percent.int8",

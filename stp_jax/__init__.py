@@ -21,6 +21,7 @@ from stp_jax.quant.calibration import project_params as project_params
 from stp_jax.quant.calibration import search_weight_scales as search_weight_scales
 from stp_jax.quant.compensation import compensate as compensate
 from stp_jax.quant.default_policy import default_policy as default_policy
+from stp_jax.quant.guidance import damping as damping
 from stp_jax.quant.guidance import guidance as guidance
 from stp_jax.quant.integer import integer_model as integer_model
 from stp_jax.quant.layers import quantized_layers as quantized_layers
@@ -35,6 +36,7 @@ from stp_jax.quant.policy import Policy as Policy
 from stp_jax.quant.policy import Rule as Rule
 from stp_jax.quant.policy import UnmatchedRuleError as UnmatchedRuleError
 from stp_jax.quant.quantize import quantize as quantize
+from stp_jax.quant.reconstruction import reconstruct as reconstruct
 from stp_jax.quant.sensitivity import error_curves as error_curves
 from stp_jax.quant.sensitivity import group_counts as group_counts
 from stp_jax.quant.sensitivity import measured_importance as measured_importance

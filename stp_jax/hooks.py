@@ -558,7 +558,12 @@ def training_batch_norms(model: Any) -> list[str]:
 
 
 def conv_patches(
-    x: jax.Array, kernel: jax.Array, window_strides: Any, padding: Any, **kwargs: Any
+    x: jax.Array,
+    kernel: jax.Array,
+    window_strides: Any,
+    padding: Any,
+    pixels: np.ndarray | None = None,
+    **kwargs: Any,
 ) -> jax.Array:
     """The window of each output pixel (im2col), from the arguments of ``conv_general_dilated``.
 
@@ -566,21 +571,31 @@ def conv_patches(
       x: inputs, channels last.
       kernel: ``[*window, in, out]``; only its shape is used.
       window_strides, padding: as for ``jax.lax.conv_general_dilated``, as are the others.
+      pixels: indices of the output pixels wanted, all examples' in one order; None takes all.
 
     Returns:
       ``[pixels, window positions, in]`` in the dtype of x.
     """
     window = kernel.shape[:-2]
-    patches = jax.lax.conv_general_dilated_patches(
-        x,
-        window,
-        window_strides,
-        padding,
-        lhs_dilation=kwargs.get("lhs_dilation"),
-        rhs_dilation=kwargs.get("rhs_dilation"),
-        dimension_numbers=kwargs.get("dimension_numbers"),
-        precision=jax.lax.Precision.HIGHEST,  # it is a convolution with ones: exact then
-    )
-    # JAX returns the channel first and the window last.
-    by_channel = patches.reshape(-1, x.shape[-1], int(np.prod(window)))
-    return jnp.swapaxes(by_channel, 1, 2)
+    ones = (1,) * len(window)
+    inner, outer = (tuple(kwargs.get(f"{side}_dilation") or ones) for side in ("lhs", "rhs"))
+    size = [(n - 1) * step + 1 for n, step in zip(x.shape[1:-1], inner, strict=True)]
+    span = [(n - 1) * step + 1 for n, step in zip(window, outer, strict=True)]
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(size, span, window_strides, padding)
+    widths = [(low, high, step - 1) for (low, high), step in zip(padding, inner, strict=True)]
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *widths, (0, 0, 0)])
+    ends = [n - extent + 1 for n, extent in zip(x.shape[1:-1], span, strict=True)]
+    counts = [-(-end // step) for end, step in zip(ends, window_strides, strict=True)]
+    views = []
+    for position in np.ndindex(*window):
+        starts = [p * step for p, step in zip(position, outer, strict=True)]
+        places = list(zip(starts, ends, window_strides, strict=True))
+        if pixels is None:
+            view = tuple(slice(start, start + end, step) for start, end, step in places)
+            views.append(x[(slice(None), *view)].reshape(-1, x.shape[-1]))
+        else:
+            example, *at = np.unravel_index(pixels, (len(x), *counts))
+            at = [start + a * step for a, (start, _, step) in zip(at, places, strict=True)]
+            views.append(x[(example, *at)])
+    return jnp.stack(views, axis=1)

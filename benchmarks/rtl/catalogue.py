@@ -205,10 +205,11 @@ _ALL = (
     _serial("offset", 16),
     _serial("offset", 32),
     *(
-        _mac_dot(lanes=lanes, columns=columns, form=form)
+        _mac_dot(lanes=lanes, form=form)
         for form in ("plain", "offset", "booth", "quiet_booth")
-        for lanes, columns in ((1, 1), (8, 1), (16, 4))
+        for lanes in (1, 8)
     ),
+    _mac_dot(lanes=16, columns=4),
     _term_dot(lanes=2),
     _term_dot(lanes=4),
     _term_dot(lanes=4, indexed=True),

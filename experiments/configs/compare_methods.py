@@ -51,16 +51,17 @@ METHODS: dict[str, Method] = {
         title="term cap per weight", kind="rival", settings="group_size=1 budget={budget}"
     ),
     "uniform": Method(title="uniform group budgets", kind="rival", settings="budget={budget}"),
-    "layer": Method(title="STP, budgets by layer", kind="ours", settings=_OURS),
-    "filter": Method(
-        title="STP, budgets by filter", kind="ours", settings=f"{_OURS} budgets_by=filter"
+    "filter": Method(title="STP, budgets by filter", kind="ours", settings=_OURS),
+    "layer": Method(
+        title="STP, budgets by layer", kind="ours", settings=f"{_OURS} budgets_by=layer"
     ),
 }
 PARTS: dict[str, Method] = {
-    name: Method(title=title, kind="part", settings=f"{_OURS} {changes}", reference="layer")
+    name: Method(title=title, kind="part", settings=f"{_OURS} {changes}", reference="filter")
     for name, (title, changes) in {
         "no-distill": ("without soft labels", "distill=0"),
-        "no-weights": ("errors not weighted", "error_weighting=none"),
+        "outputs": ("errors weighted by the outputs' divergence", "error_weighting=outputs"),
+        "gradients": ("errors weighted by squared gradients", "error_weighting=gradients"),
         "compensate": ("with compensation", "compensate=true"),
         "groups-16": ("groups of 16", "group_size=16"),
     }.items()
@@ -70,7 +71,7 @@ PARTS["guided"] = Method(
     kind="part",
     settings=_OURS,
     shares={"guided": 0.3},
-    reference="layer",
+    reference="filter",
 )
 
 

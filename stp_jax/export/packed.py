@@ -35,8 +35,9 @@ from stp_jax.terms import PackedTerms, pack, unpack
 from stp_jax.terms.packing import slot_format
 
 FORMAT = "stp_jax.packed_terms"
-VERSION = 1
+VERSION = 2  # of files with budgets by filter; others are written as version 1, and both are read
 Model = TypeVar("Model", bound=nnx.Module)
+_BUDGET = ".promote_dtype.budget"
 
 
 # --- Layers as tensors ----------------------------------------------------------------------------
@@ -46,20 +47,29 @@ def _kernel_name(path: str, quantized: QuantizedLayer) -> str:
     return f"{path}.{quantized.layer.kernel_name}"
 
 
-def _is_stream(rule: Rule, budget: int) -> bool:
-    """Whether a group's slots take fewer bits than its integers."""
-    slots = budget * slot_format(rule.group_size, budget, rule.bits).stored_bits
-    return slots < rule.group_size * _integer_type(rule).itemsize * 8
+def _slot_bits(rule: Rule, budgets: np.ndarray) -> np.ndarray:
+    """Bits of the slots of a group at each of the budgets."""
+    found = [k * slot_format(rule.group_size, k, rule.bits).stored_bits for k in budgets.tolist()]
+    return np.array(found, np.int64)
+
+
+def _is_stream(rule: Rule, budgets: np.ndarray) -> bool:
+    """Whether a group's slots take fewer bits than its integers, in the mean over filters."""
+    mean = _slot_bits(rule, budgets).mean()
+    return bool(mean < rule.group_size * _integer_type(rule).itemsize * 8)
 
 
 def _integer_type(rule: Rule) -> np.dtype:
     return np.dtype(np.int8 if rule.bits <= 8 else np.int32)
 
 
-def _pack(integers: np.ndarray, quantized: QuantizedLayer, budget: int) -> PackedTerms:
+def _pack(integers: np.ndarray, quantized: QuantizedLayer) -> PackedTerms:
     """The kernel's stream; group axes of the kernel are merged into one, the stream's axis."""
-    rule = quantized.rule
-    shape, axis = rule.format.layout(quantized.format.axes.groups).merged(integers.shape)
+    rule, budget = quantized.rule, np.asarray(quantized.budget)
+    layout = rule.format.layout(quantized.format.axes.groups)
+    shape, axis = layout.merged(integers.shape)
+    if budget.ndim:
+        budget = budget.reshape(layout.merged(budget.shape)[0])
     return pack(
         integers.reshape(shape),
         group_size=rule.group_size,
@@ -75,13 +85,20 @@ def _layer_tensors(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The tensors of one quantized layer and its entry in the metadata."""
     name = _kernel_name(path, quantized)
-    rule, budget = quantized.rule, int(quantized.budget)
+    rule, budgets = quantized.rule, np.asarray(quantized.flat_budget)
     tensors = {f"{name}.scale": quantized.scale}
-    entry: dict[str, Any] = {"kernel": name, "shape": integers.shape, "budget": budget}
-    if _is_stream(rule, budget):
-        packed = _pack(integers, quantized, budget)
+    entry: dict[str, Any] = {
+        "kernel": name,
+        "shape": integers.shape,
+        "budget": budgets.tolist(),  # one number, or a list by filter
+    }
+    if _is_stream(rule, budgets.reshape(-1)):
+        packed = _pack(integers, quantized)
         tensors[f"{name}.terms"] = jnp.asarray(packed.data)
         entry["stream"] = {"shape": packed.shape, "axis": packed.axis}
+        if budgets.ndim:
+            extents = np.shape(packed.budget)
+            entry["stream"]["filters"] = [a for a, n in enumerate(extents) if n > 1]
     else:
         tensors[f"{name}.integers"] = jnp.asarray(integers.astype(_integer_type(rule)))
     if quantized.stored_input_scale is not None:
@@ -138,14 +155,19 @@ def save_packed(model: Any, path: str | Path) -> None:
       path: the file, conventionally ``*.safetensors``.
 
     Raises:
-      ValueError: the model has no quantized layer.
+      ValueError: the model has no quantized layer, or a stack of them.
     """
+    for layer_path, quantized in quantized_layers(model).items():
+        if quantized.is_stacked:
+            raise ValueError(f"layer {layer_path!r} is a stack of layers, which the format lacks")
     integers = integer_weights(model)
     tensors, entries = _float_values(model), {}
     for layer_path, quantized in quantized_layers(model).items():
         of_layer, entries[layer_path] = _layer_tensors(layer_path, quantized, integers[layer_path])
         tensors |= of_layer
-    header = {"version": VERSION, "model": model_name(model), "layers": entries}
+    by_filter = any(isinstance(entry["budget"], list) for entry in entries.values())
+    version = VERSION if by_filter else 1
+    header = {"version": version, "model": model_name(model), "layers": entries}
     write(Path(path), tensors, {FORMAT: json.dumps(header)})
 
 
@@ -163,11 +185,27 @@ def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         version = header["version"]
     except (json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"{path} is damaged: its metadata {FORMAT} cannot be read") from error
-    if version != VERSION:
+    if version not in range(1, VERSION + 1):
         raise ValueError(
-            f"{path} is of version {version} of the format, this stp_jax reads version {VERSION}"
+            f"{path} is of version {version} of the format, this stp_jax reads versions 1 to "
+            f"{VERSION}"
         )
     return header
+
+
+def _stream_budget(entry: Mapping[str, Any]) -> int | np.ndarray:
+    """The budget of a stream; by filter with the axes of the stream."""
+    if not isinstance(entry["budget"], list):
+        return entry["budget"]
+    shape, filters = entry["stream"]["shape"], entry["stream"]["filters"]
+    extents = [n if a in filters else 1 for a, n in enumerate(shape)]
+    return np.asarray(entry["budget"], np.int32).reshape(extents)
+
+
+def _stored_budget(entry: Mapping[str, Any], scale: jax.Array) -> jax.Array:
+    """The budget as a model stores it; by filter in the shape of the scale."""
+    budget = jnp.asarray(entry["budget"], jnp.int32)
+    return budget.reshape(scale.shape) if budget.ndim else budget
 
 
 def _integers(name: str, entry: Mapping[str, Any], tensors: dict[str, jax.Array]) -> np.ndarray:
@@ -180,7 +218,7 @@ def _integers(name: str, entry: Mapping[str, Any], tensors: dict[str, jax.Array]
         shape=tuple(entry["stream"]["shape"]),
         axis=entry["stream"]["axis"],
         group_size=rule["group_size"],
-        budget=entry["budget"],
+        budget=_stream_budget(entry),
         encoding=rule["encoding"],
         bits=rule["bits"],
     )
@@ -200,10 +238,11 @@ def _values(entries: Mapping[str, Any], tensors: dict[str, jax.Array]) -> dict[s
     for path, entry in entries.items():
         try:
             values[entry["kernel"]] = _kernel(entry["kernel"], entry, tensors)
+            scale = tensors.pop(f"{entry['kernel']}.scale")
+            values[f"{path}.promote_dtype.weight_scale"] = scale
+            values[f"{path}.promote_dtype.budget"] = _stored_budget(entry, scale)
         except (KeyError, ValueError) as error:
             raise ValueError(f"the file is damaged at layer {path!r}: {error}") from error
-        values[f"{path}.promote_dtype.weight_scale"] = tensors.pop(f"{entry['kernel']}.scale")
-        values[f"{path}.promote_dtype.budget"] = jnp.asarray(entry["budget"], jnp.int32)
         if f"{path}.input.scale" in tensors:
             values[f"{path}.promote_dtype.activation_scale"] = tensors.pop(f"{path}.input.scale")
     return values | tensors
@@ -256,6 +295,11 @@ def load_packed(model: Any, path: str | Path, *inputs: Any) -> Any:
     return _load_nnx(model, path, header, Policy(rules), tensors)
 
 
+def _with_budgets(wanted: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's variables with budgets in the file's shape: by layer, or by filter as its scale."""
+    return {n: values.get(n, v) if n.endswith(_BUDGET) else v for n, v in wanted.items()}
+
+
 def _load_linen(
     module: nn.Module,
     path: Path,
@@ -277,9 +321,11 @@ def _load_linen(
             if key[0] in (STATE, LEARNED) and key[1:-1] == keys_of(layer.path):
                 names[f"{layer_path}.promote_dtype.{key[-1]}"] = key
     for name in names:
-        if name in values and name.endswith(("promote_dtype.budget", ".activation_scale")):
+        scalar = name in values and values[name].ndim == 0
+        if scalar and name.endswith((_BUDGET, ".activation_scale")):
             values[name] = values[name].reshape(unboxed(flat[names[name]]).shape)
-    check_fit(path, {name: unboxed(flat[key]) for name, key in names.items()}, values)
+    wanted = {name: unboxed(flat[key]) for name, key in names.items()}
+    check_fit(path, _with_budgets(wanted, values), values)
     found = {key: values[name].astype(unboxed(flat[key]).dtype) for name, key in names.items()}
     return quantized.bind(hooks.replace_variables(model.variables, found))
 
@@ -303,7 +349,8 @@ def _load_nnx(
     random = {n: v for n, v in variables(model) if isinstance(v, nnx.RngState)}
     values = _values(entries, tensors)
     wanted = {n: v for n, v in variables(loaded) if not isinstance(v, nnx.RngState)}
-    check_fit(path, {n: v.get_value() for n, v in wanted.items()}, values)
+    shapes = {n: v.get_value() for n, v in wanted.items()}
+    check_fit(path, _with_budgets(shapes, values), values)
     for name, variable in variables(loaded):
         if name in wanted:
             dtype = variable.get_value().dtype
@@ -362,11 +409,12 @@ def packed_sizes(model: Any) -> PackedSizes:
     """
     groups, sizes = group_counts(model), {}
     for path, quantized in quantized_layers(model).items():
-        rule, budget, kernel = quantized.rule, int(quantized.budget), quantized.kernel
+        rule, kernel = quantized.rule, quantized.kernel
+        budgets = np.asarray(quantized.flat_budget).reshape(-1)
         scales = quantized.scale.nbytes + 4 * rule.stores_input_scale
         integers = kernel.size * _integer_type(rule).itemsize
-        slots = groups[path] * budget * slot_format(rule.group_size, budget, rule.bits).stored_bits
-        stream = -(-slots // 8) if _is_stream(rule, budget) else integers
+        slots = groups[path] // len(budgets) * int(_slot_bits(rule, budgets).sum())
+        stream = -(-slots // 8) if _is_stream(rule, budgets) else integers
         sizes[path] = Size(4 * kernel.size, integers + scales, stream + scales)
     rest = sum(int(value.nbytes) for value in _float_values(model).values())
     return PackedSizes(sizes, rest)

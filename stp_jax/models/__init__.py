@@ -1,5 +1,6 @@
 """Flax NNX models, by name or by class, and import of published PyTorch weights."""
 
+from stp_jax.models.decoder import DecoderLM, generate, load_llama2c
 from stp_jax.models.efficientnet import EfficientNetLite
 from stp_jax.models.lstm import LSTMLanguageModel
 from stp_jax.models.mlp import MLP
@@ -16,12 +17,15 @@ __all__ = [
     "VGG",
     "BasicBlock",
     "CifarResNet",
+    "DecoderLM",
     "EfficientNetLite",
     "LSTMLanguageModel",
     "MobileNetV2",
     "ResNet",
     "VisionTransformer",
     "create",
+    "generate",
+    "load_llama2c",
     "load_torch",
     "model_options",
     "torch_variables",

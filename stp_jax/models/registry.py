@@ -8,7 +8,7 @@ from typing import Any
 
 from flax import nnx
 
-from stp_jax.models import efficientnet, lstm, mlp, mobilenet, resnet, vgg, vit
+from stp_jax.models import decoder, efficientnet, lstm, mlp, mobilenet, resnet, vgg, vit
 
 MODELS: dict[str, Callable[..., nnx.Module]] = {
     "resnet18": resnet.resnet18,
@@ -23,6 +23,7 @@ MODELS: dict[str, Callable[..., nnx.Module]] = {
     "vit_s16": vit.vit_s16,
     "mlp": mlp.mlp,
     "lstm_lm": lstm.lstm_lm,
+    "decoder_lm": decoder.decoder_lm,
 }
 
 

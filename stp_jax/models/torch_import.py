@@ -3,12 +3,11 @@
 The models carry PyTorch's names, so one rule maps every weight: the path of a variable with its
 last name changed (kernel → weight, mean → running_mean …) and its layout transposed. A model whose
 weights are published under other names translates these in its method `adapt_torch`. Files from
-strangers are never unpickled freely: safetensors holds no code, and .pt files go through
-`torch.load(weights_only=True)`.
+strangers are never unpickled freely: safetensors holds no code, and .pt files are read by
+`stp_jax.models.torch_files`, which knows plain tensors only.
 """
 
 import difflib
-import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +15,8 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+from stp_jax.models.torch_files import read_torch
 
 Model = TypeVar("Model", bound=nnx.Module)
 _Layout = Callable[[np.ndarray], np.ndarray]
@@ -85,36 +86,19 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     if path.suffix not in _TORCH_SUFFIXES:
         raise ValueError(
-            f"{path}: weights come as .safetensors or, with PyTorch installed, as "
-            f"{', '.join(_TORCH_SUFFIXES)}"
+            f"{path}: weights come as .safetensors or as PyTorch's {', '.join(_TORCH_SUFFIXES)}"
         )
     return _read_torch(path)
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
-    if importlib.util.find_spec("torch") is None:
-        raise ValueError(
-            f"{path} is a PyTorch pickle, which only PyTorch reads safely: install torch, or "
-            "convert the file with safetensors.torch.save_file where torch is"
-        )
-    import pickle
-
-    import torch
-
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} holds more than weights, or is damaged: {error}") from error
+    content = read_torch(path)
     for wrapper in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
-    return {
-        name: (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-        for name, tensor in content.items()
-        if isinstance(tensor, torch.Tensor)
-    }
+    return {name: value for name, value in content.items() if isinstance(value, np.ndarray)}
 
 
 def _clean(weights: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -144,8 +128,8 @@ def load_torch(model: Model, weights: str | Path | Mapping[str, Any]) -> Model:
 
     Args:
       model: an NNX model whose attributes carry PyTorch's names.
-      weights: the path of a .safetensors file, or of a .pt/.pth/.bin file where PyTorch is
-        installed, or a state dict of arrays in PyTorch's layouts. A prefix "module." is dropped.
+      weights: the path of a .safetensors or a .pt/.pth/.bin file (PyTorch is not needed), or a
+        state dict of arrays in PyTorch's layouts. A prefix "module." is dropped.
 
     Returns:
       The same model, its variables cast to their own types.

@@ -27,7 +27,7 @@ from stp_jax.quant.calibration import (
 from stp_jax.quant.layers import quantized_layers
 
 
-def _find_batch_norms(model: Any, batch: Any, call: Callable) -> dict[str, str]:
+def find_batch_norms(model: Any, batch: Any, call: Callable) -> dict[str, str]:
     """The BatchNorm that takes the very output of each quantized layer, by the layers' paths."""
     layers = quantized_layers(model)
     state, rebuild = hooks.functional(model)
@@ -144,7 +144,7 @@ def correct_bias(
             "call model.eval() first"
         )
     layers = quantized_layers(model)
-    followers = _find_batch_norms(model, batches[0], call)
+    followers = find_batch_norms(model, batches[0], call)
     biases = {
         path: bias
         for path, quantized in layers.items()

@@ -130,12 +130,19 @@ def search_weight_scales(model: Any, *, importance: Mapping[str, jax.Array] | No
         layer.search_scale(importance.get(path))
 
 
-def project_params(model: Any, values: Mapping[str, jax.typing.ArrayLike] | None = None) -> Any:
+def project_params(
+    model: Any,
+    values: Mapping[str, jax.typing.ArrayLike] | None = None,
+    *,
+    importance: Mapping[str, jax.Array] | None = None,
+) -> Any:
     """The model's parameters with every quantized kernel on its few-term values.
 
     Args:
       model: an STP model, a Linen one with its variables; it may be traced. It is not changed.
       values: terms per group by layer path, in place of the model's own budgets; may be traced.
+      importance: weights of the squared errors by layer path, of the kernel's shape; ones where
+        there are none. For rules whose method takes it.
 
     Returns:
       The `nnx.Param` state, or Linen's ``params``: targets for `stp_jax.terms.guide`, or new values
@@ -145,10 +152,11 @@ def project_params(model: Any, values: Mapping[str, jax.typing.ArrayLike] | None
       ValueError: a path is not a quantized layer, or a budget is out of its range.
     """
     model = hooks.copy_model(model)
-    layers, values = quantized_layers(model), values or {}
+    layers, values, importance = quantized_layers(model), values or {}, importance or {}
     check_paths(values, layers)
+    check_paths(importance, layers)
     for path, layer in layers.items():
-        layer.kernel = layer.projected(values.get(path))
+        layer.kernel = layer.projected(values.get(path), importance.get(path))
     return hooks.trainable(model)[0]
 
 

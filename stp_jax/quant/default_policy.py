@@ -48,7 +48,7 @@ def default_policy(
       exempt: regular expression of the layers that keep every term, in place of the model's own.
 
     Returns:
-      Two rules: exempt layers in int8, every other one with the budget.
+      Exempt layers, if there are any, in int8, every other one with the budget.
 
     Raises:
       ValueError: an argument is out of range, or the model has no ``exempt_layers`` and ``exempt``
@@ -72,6 +72,6 @@ def default_policy(
             activation_bits=activation_bits,
         )
 
-    return Policy(
-        [rule(_exempt_pattern(model) if exempt is None else exempt, None), rule(".*", budget)]
-    )
+    pattern = _exempt_pattern(model) if exempt is None else exempt
+    exempted = [rule(pattern, None)] if pattern else []
+    return Policy([*exempted, rule(".*", budget)])

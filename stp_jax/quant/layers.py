@@ -179,17 +179,31 @@ class LayerFormat:
         return quantize(kernel, scale, budget, axes=self.axes.groups, fmt=self.rule.format)
 
     def integer_kernel(
-        self, kernel: jax.Array, stored: jax.Array | None, budget: jax.typing.ArrayLike
+        self,
+        kernel: jax.Array,
+        stored: jax.Array | None,
+        budget: jax.typing.ArrayLike,
+        importance: jax.Array | None = None,
     ) -> jax.Array:
         """The integers of the quantized kernel, int32."""
-        scale = self.kernel_scale(kernel, stored)
-        return project_scaled(kernel, scale, budget, axes=self.axes.groups, fmt=self.rule.format)
+        return project_scaled(
+            kernel,
+            self.kernel_scale(kernel, stored),
+            budget,
+            axes=self.axes.groups,
+            fmt=self.rule.format,
+            importance=importance,
+        )
 
     def project_kernel(
-        self, kernel: jax.Array, stored: jax.Array | None, budget: jax.typing.ArrayLike
+        self,
+        kernel: jax.Array,
+        stored: jax.Array | None,
+        budget: jax.typing.ArrayLike,
+        importance: jax.Array | None = None,
     ) -> jax.Array:
         """The kernel on its few-term values, in its own dtype; not differentiable."""
-        v = self.integer_kernel(kernel, stored, budget).astype(jnp.float32)
+        v = self.integer_kernel(kernel, stored, budget, importance).astype(jnp.float32)
         return (self.kernel_scale(kernel, stored) * v).astype(kernel.dtype)
 
     def input_scale(self, x: jax.Array, stored: jax.Array | None) -> jax.Array:
@@ -397,9 +411,14 @@ class QuantizedLayer(abc.ABC):
         """The integers of the quantized kernel at the present budget or another one, int32."""
         return self._on_kernel(self.format.integer_kernel, self._budget_or(budget))
 
-    def projected(self, budget: jax.typing.ArrayLike | None = None) -> jax.Array:
-        """The kernel on its few-term values at the present budget or another one."""
-        return self._on_kernel(self.format.project_kernel, self._budget_or(budget))
+    def projected(
+        self, budget: jax.typing.ArrayLike | None = None, importance: jax.Array | None = None
+    ) -> jax.Array:
+        """The kernel on its few-term values at the present budget or another one.
+
+        Importance, of the kernel's shape, weighs the squared errors.
+        """
+        return self._on_kernel(self.format.project_kernel, self._budget_or(budget), importance)
 
     def search_scale(self, importance: jax.Array | None = None) -> None:
         """Sets the stored scale to the one of least error at the present budget."""

@@ -20,6 +20,8 @@ from stp_jax.terms.encodings import num_digits as num_digits
 from stp_jax.terms.encodings import signed as signed
 from stp_jax.terms.groups import GroupLayout as GroupLayout
 from stp_jax.terms.guidance import budget_schedule as budget_schedule
+from stp_jax.terms.guidance import choice_weights as choice_weights
+from stp_jax.terms.guidance import damp_oscillations as damp_oscillations
 from stp_jax.terms.guidance import guide as guide
 from stp_jax.terms.lattice import LatticePoints as LatticePoints
 from stp_jax.terms.lattice import nearest_points as nearest_points
@@ -40,5 +42,7 @@ from stp_jax.terms.quantizers import project_scaled as project_scaled
 from stp_jax.terms.quantizers import quantize_weights as quantize_weights
 from stp_jax.terms.quantizers import quantize_weights_relaxed as quantize_weights_relaxed
 from stp_jax.terms.quantizers import search_scale as search_scale
+from stp_jax.terms.second_order import SecondOrderFit as SecondOrderFit
+from stp_jax.terms.second_order import project_second_order as project_second_order
 from stp_jax.terms.slots import SlotFormat as SlotFormat
 from stp_jax.terms.slots import slot_format as slot_format

@@ -137,6 +137,28 @@ def allocate_budgets(
     return budgets
 
 
+def lower_hull(curve: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The largest convex curve that nowhere exceeds the given one, of budgets 0, 1, ….
+
+    Errors that are measured, or whose parts go together, need not be convex in the budget; on their
+    lower hull `allocate_budgets` spends by mean gains and steps over dents.
+
+    >>> lower_hull([9, 8, 3, 2]).tolist()
+    [9.0, 6.0, 3.0, 2.0]
+    """
+    values = np.asarray(curve, float)
+    corners: list[int] = []
+    for k in range(len(values)):
+        # A corner on or above the line between its neighbours is none.
+        while len(corners) > 1:
+            i, j = corners[-2:]
+            if (values[j] - values[i]) * (k - i) < (values[k] - values[i]) * (j - i):
+                break
+            corners.pop()
+        corners.append(k)
+    return np.interp(np.arange(len(values)), corners, values[corners])
+
+
 def round_budgets(
     relaxed: Mapping[str, float | np.ndarray],
     costs: Mapping[str, float | np.ndarray],

@@ -18,26 +18,33 @@ from stp_jax.terms.projection import METHODS, project
 from stp_jax.terms.quantizers import WeightFormat
 
 
-def _inverse_factor(gram: jax.Array, damping: jax.Array) -> jax.Array:
-    """Upper U with U'U the inverse of the damped gram matrix."""
+def damped_gram(gram: jax.Array, damping: jax.Array) -> jax.Array:
+    """The gram matrix with ``damping`` times the mean of its positive diagonal added there."""
     diagonal = jnp.diagonal(gram)
+    fires = diagonal > 0
+    number = jnp.maximum(jnp.sum(fires, dtype=gram.dtype), 1)
+    mean = jnp.sum(diagonal) / number + jnp.float32(1e-12)
     # Inputs that never fire leave a row of zeros: nothing is known of it but its own weight.
-    known = jnp.where(diagonal > 0, diagonal, jnp.mean(diagonal) + jnp.float32(1e-12))
-    damped = gram + jnp.diag(known - diagonal + damping * jnp.mean(known))
-    lower = jnp.linalg.cholesky(damped)
+    return gram + jnp.diag(jnp.where(fires, 0.0, mean) + damping * mean)
+
+
+def inverse_factor(gram: jax.Array) -> jax.Array:
+    """Upper U with U'U the inverse of a positive definite matrix."""
+    lower = jnp.linalg.cholesky(gram)
     inverse = jax.scipy.linalg.cho_solve((lower, True), jnp.eye(len(gram), dtype=gram.dtype))
     return jnp.linalg.cholesky(inverse, upper=True)
 
 
 @functools.partial(jax.jit, static_argnums=(5,))
-def _project_compensated(w, scale, gram, budget, damping, fmt: WeightFormat):
+def compensated_integers(w, scale, gram, budget, damping, fmt: WeightFormat) -> jax.Array:
+    """`project_compensated` of checked float32 arguments."""
     count, size, _ = w.shape
     scale = scale[None]
     # Groups with the strongest inputs first, while most others are left to make up for them.
     strength = jnp.sum(jnp.diagonal(gram).reshape(count, size), axis=1)
     order = jnp.argsort(-strength)
     rows = (order[:, None] * size + jnp.arange(size)[None]).reshape(-1)
-    factor = _inverse_factor(gram[rows][:, rows], damping)
+    factor = inverse_factor(damped_gram(gram[rows][:, rows], damping))
     factor = factor.reshape(count, size, count, size)
 
     # A group is projected where its error counts: with all later weights free to answer, an error E
@@ -98,6 +105,16 @@ def project_compensated(
       ValueError: shapes do not fit together, damping is not positive, or the budget is out of
         range.
     """
+    check_compensation(w, scale, gram, budget, fmt, damping)
+    budget = jnp.asarray(budget, jnp.int32)
+    f32 = jnp.float32
+    return compensated_integers(
+        w.astype(f32), scale.astype(f32), gram.astype(f32), budget, f32(damping), fmt
+    )
+
+
+def check_compensation(w, scale, gram, budget, fmt: WeightFormat, damping: float) -> None:
+    """Raises ValueError unless the arguments of `project_compensated` fit together."""
     if w.ndim != 3 or w.shape[1] != fmt.group_size:
         raise ValueError(f"w must be [groups, {fmt.group_size}, outputs], got {w.shape}")
     count, size, outputs = w.shape
@@ -105,13 +122,13 @@ def project_compensated(
         raise ValueError(f"gram must be {(count * size,) * 2} for w {w.shape}, got {gram.shape}")
     if scale.shape != (outputs,):
         raise ValueError(f"scale must be {(outputs,)}, got {scale.shape}")
+    check_damping(damping)
+    fmt.check_budget(budget)
+    if jnp.shape(budget) not in ((), (outputs,)):
+        raise ValueError(f"budget must be one or {(outputs,)}, got {jnp.shape(budget)}")
+
+
+def check_damping(damping: float) -> None:
+    """Raises ValueError unless it is positive."""
     if not damping > 0:
         raise ValueError(f"damping must be positive, got {damping}")
-    fmt.check_budget(budget)
-    budget = jnp.asarray(budget, jnp.int32)
-    if budget.shape not in ((), (outputs,)):
-        raise ValueError(f"budget must be one or {(outputs,)}, got {budget.shape}")
-    f32 = jnp.float32
-    return _project_compensated(
-        w.astype(f32), scale.astype(f32), gram.astype(f32), budget, f32(damping), fmt
-    )

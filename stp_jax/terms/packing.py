@@ -2,7 +2,8 @@
 
 A group processing element (Huang et al., IEEE TCAD 42(1), 2023) takes one term a cycle: a sign, an
 exponent, and the index of the activation in the group. `pack` writes exactly ``budget`` such slots
-for each group, so that the stream needs no lengths and any group is found by its number.
+for each group, so that the stream needs no lengths and any group is found by its number; where
+filters have budgets of their own, by the sum of those before it.
 
 The stream. The reduction axis is cut into groups; a ragged last group is a full one whose last
 members are zero. Groups follow each other along the reduction axis, and the reductions themselves
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -33,8 +35,54 @@ import numpy.typing as npt
 
 from stp_jax.terms.encodings import Encoding, check_encoding, count_table, digit_planes
 from stp_jax.terms.groups import GroupLayout, check_group_size
-from stp_jax.terms.projection import check_axis, check_budget
+from stp_jax.terms.projection import align_budget, check_axis, check_budget
 from stp_jax.terms.slots import SlotFormat, slot_format
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamLayout:
+    """Where the slots of a stream lie. Its rows are the reductions, in the order of the stream."""
+
+    budgets: npt.NDArray[np.int64]  # [rows], slots per group
+    along: int  # groups of a row
+    group_size: int
+    bits: int
+
+    @classmethod
+    def of(
+        cls, shape: tuple[int, ...], axis: int, budget: Any, group_size: int, bits: int
+    ) -> StreamLayout:
+        """That of integers of a shape; arguments as for `pack`, the axis 0 or more."""
+        once = (*shape[:axis], 1, *shape[axis + 1 :])
+        budgets = np.broadcast_to(np.asarray(budget, np.int64), once).reshape(-1)
+        return cls(budgets, GroupLayout(group_size, (axis,)).along(shape), group_size, bits)
+
+    def width(self, budget: int) -> int:
+        """Bits of a slot in groups of so many slots."""
+        return slot_format(self.group_size, budget, self.bits).stored_bits
+
+    def row_bits(self, budget: int) -> int:
+        """Bits of a row whose groups have so many slots."""
+        return self.along * budget * self.width(budget)
+
+    @property
+    def length(self) -> int:
+        """Bits of the stream."""
+        budgets, rows = np.unique(self.budgets, return_counts=True)
+        return sum(self.row_bits(k) * n for k, n in zip(budgets.tolist(), rows, strict=True))
+
+    def parts(self) -> Iterator[tuple[int, npt.NDArray[np.int64], Any]]:
+        """Each budget with its rows and an index of their bits, [rows, bits of a row] or all."""
+        budgets = np.unique(self.budgets).tolist()
+        if len(budgets) == 1:
+            yield budgets[0], np.arange(len(self.budgets)), slice(None)
+            return
+        bits = np.array([self.row_bits(k) for k in budgets], np.int64)
+        bits = bits[np.searchsorted(budgets, self.budgets)]
+        starts = np.cumsum(bits) - bits
+        for k in budgets:
+            mine = np.flatnonzero(self.budgets == k)
+            yield k, mine, starts[mine, None] + np.arange(self.row_bits(k))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,7 +97,8 @@ class PackedTerms:
     shape: tuple[int, ...]  # of the integers
     axis: int  # the reduction axis, 0 or more
     group_size: int  # integers that share the slots
-    budget: int  # slots per group
+    budget: int | npt.NDArray[np.integer]  # slots per group, or with the axes of the integers, 1
+    # along the reduction: those of each filter's groups
     encoding: Encoding = "naf"  # whose terms they are
     bits: int = 8  # width: magnitudes up to 2**(bits - 1)
 
@@ -57,20 +106,27 @@ class PackedTerms:
         _check_format(self.group_size, self.budget, self.encoding, self.bits)
         if not 0 <= self.axis < len(self.shape):
             raise ValueError(f"axis {self.axis} does not exist in shape {self.shape}")
-        length = -(-self.groups * self.budget * self.format.stored_bits // 8)
+        if np.ndim(self.budget):
+            align_budget(np.asarray(self.budget, np.int32), self.shape, (self.axis,))
+        length = -(-self.layout.length // 8)
         if not isinstance(self.data, np.ndarray):
             raise TypeError(f"a stream is a NumPy array of uint8, got {type(self.data).__name__}")
         if self.data.dtype != np.uint8 or self.data.shape != (length,):
             raise ValueError(
-                f"a stream of shape {self.shape}, {self.budget} slots per group of "
+                f"a stream of shape {self.shape}, {_described(self.budget)} slots per group of "
                 f"{self.group_size}, takes uint8[{length}], got "
                 f"{self.data.dtype}{list(self.data.shape)}"
             )
 
     @property
     def format(self) -> SlotFormat:
-        """The fields of a slot."""
-        return slot_format(self.group_size, self.budget, self.bits)
+        """The fields of a slot, in groups of the largest budget."""
+        return slot_format(self.group_size, int(np.max(self.budget, initial=0)), self.bits)
+
+    @property
+    def layout(self) -> StreamLayout:
+        """Where the slots lie in the stream."""
+        return StreamLayout.of(self.shape, self.axis, self.budget, self.group_size, self.bits)
 
     @property
     def groups(self) -> int:
@@ -85,18 +141,24 @@ class PackedTerms:
     @property
     def bits_per_weight(self) -> float:
         """Bits of all slots over the number of integers; int8 storage has 8."""
-        return self.groups * self.budget * self.format.stored_bits / max(1, math.prod(self.shape))
+        return self.layout.length / max(1, math.prod(self.shape))
+
+
+def _described(budget: int | npt.NDArray[np.integer]) -> str:
+    if not np.ndim(budget):
+        return str(budget)
+    return f"{np.min(budget, initial=0)} to {np.max(budget, initial=0)}"
 
 
 class Slots(NamedTuple):
-    """The slots of a stream, int32 arrays [groups, budget]."""
+    """The slots of a stream, int32 arrays [groups, largest budget]."""
 
     sign: Any  # 1, -1, or 0 where the slot is empty
     exponent: Any
     member: Any  # its index in the group
 
 
-def _check_format(group_size: int, budget: int, encoding: Encoding, bits: int) -> None:
+def _check_format(group_size: int, budget: object, encoding: Encoding, bits: int) -> None:
     check_encoding(encoding, bits)
     check_group_size(group_size)
     check_budget(budget, group_size, encoding, bits)
@@ -115,16 +177,17 @@ def _term_masks(groups: np.ndarray, encoding: Encoding, bits: int) -> tuple[np.n
     return (plus ^ (beyond << bits)) | half, minus ^ half
 
 
-def _write_codes(codes: npt.NDArray[np.uint32], width: int) -> npt.NDArray[np.uint8]:
-    """The lowest ``width`` bits of each code, most significant first, without gaps."""
+def _code_bits(codes: npt.NDArray[np.uint32], width: int) -> npt.NDArray[np.uint8]:
+    """The lowest ``width`` bits of each code, most significant first: [codes, width]."""
     item = np.dtype(f">u{1 << (max(width - 1, 7).bit_length() - 3)}")
     raw = np.ascontiguousarray(codes.reshape(-1, 1), item).view(np.uint8)
-    return np.packbits(np.unpackbits(raw, axis=1)[:, 8 * item.itemsize - width :])
+    return np.unpackbits(raw, axis=1)[:, 8 * item.itemsize - width :]
 
 
-def _read_codes(data: npt.NDArray[np.uint8], number: int, width: int) -> npt.NDArray[np.uint32]:
-    """Undoes `_write_codes` for ``number`` codes."""
-    bits = np.unpackbits(data, count=number * width).reshape(number, width)
+def _read_codes(bits: npt.NDArray[np.uint8], width: int) -> npt.NDArray[np.uint32]:
+    """Undoes `_code_bits`."""
+    bits = bits.reshape(-1, width)
+    number = len(bits)
     raw = np.packbits(np.pad(bits, ((0, 0), (32 - width, 0))), axis=1)
     return raw.view(">u4").astype(np.uint32).reshape(number)
 
@@ -141,8 +204,18 @@ def _check_values(v: np.ndarray, axis: int, bits: int) -> int:
     return axis % v.ndim
 
 
-def _codes(groups: np.ndarray, budget: int, encoding: Encoding, bits: int) -> np.ndarray:
-    """The slots of each group as codes, uint32 [n, budget]."""
+def _codes(
+    groups: np.ndarray, budget: int, encoding: Encoding, bits: int, places: tuple[np.ndarray, int]
+) -> np.ndarray:
+    """The slots of each group as codes, uint32 [n, budget].
+
+    Args:
+      groups: integers [n, g].
+      budget: slots of each, 1 or more.
+      encoding: of the terms.
+      bits: of the integers.
+      places: the groups' numbers in the stream, and how many it has, for messages.
+    """
     number, group_size = groups.shape
     plus, minus = _term_masks(groups, encoding, bits)
     # Positions in the order of the slots: [group, exponent from the top, index].
@@ -152,7 +225,8 @@ def _codes(groups: np.ndarray, budget: int, encoding: Encoding, bits: int) -> np
     if held.max(initial=0) > budget:
         first = int(np.argmax(held > budget))
         raise ValueError(
-            f"group {first} of {number} holds {held[first]} terms, more than the budget of "
+            f"group {places[0][first]} of {places[1]} holds {held[first]} terms, more than the "
+            f"budget of "
             f"{budget}: its integers are {groups[first].tolist()}; project them first"
         )
     form = slot_format(group_size, budget, bits)
@@ -176,7 +250,7 @@ def pack(
     v: npt.ArrayLike | jax.Array,
     *,
     group_size: int,
-    budget: int,
+    budget: int | npt.ArrayLike,
     axis: int,
     encoding: Encoding = "naf",
     bits: int = 8,
@@ -186,7 +260,8 @@ def pack(
     Args:
       v: integers of any shape, as `project` returns them for the same arguments.
       group_size: integers that share the slots, along ``axis``.
-      budget: slots per group, from 0 to `max_budget`.
+      budget: slots per group, from 0 to `max_budget`; or an array of them that broadcasts to ``v``
+        with size 1 along ``axis``, such as one per filter.
       axis: the reduction axis, along which groups lie.
       encoding: whose terms are written.
       bits: width of the integers; their magnitudes reach ``2**(bits - 1)``.
@@ -202,22 +277,30 @@ def pack(
     _check_format(group_size, budget, encoding, bits)
     v = np.asarray(v)
     axis = _check_values(v, axis, bits)
-    budget = int(budget)
-    if budget:
-        rows = np.moveaxis(v.astype(np.int32), axis, -1)
-        groups = GroupLayout(group_size, (-1,)).split(rows)
-        codes = _codes(groups.reshape(-1, group_size), budget, encoding, bits)
-        data = _write_codes(codes, slot_format(group_size, budget, bits).stored_bits)
-    elif v.any():
-        raise ValueError("a budget of 0 holds zeros only, and some integers are not; project them")
-    else:
-        data = np.zeros(0, np.uint8)
+    aligned = np.asarray(align_budget(np.asarray(budget, np.int32), v.shape, (axis,)))
+    slots = aligned if aligned.ndim else int(aligned)
+    layout = StreamLayout.of(v.shape, axis, slots, group_size, bits)
+    rows = np.moveaxis(v.astype(np.int32), axis, -1)
+    groups = GroupLayout(group_size, (-1,)).split(rows)
+    groups = groups.reshape(len(layout.budgets), layout.along, group_size)
+    stream = np.zeros(layout.length, np.uint8)
+    for k, mine, places in layout.parts():
+        if not k and groups[mine].any():
+            raise ValueError(
+                "a budget of 0 holds zeros only, and some integers are not; project them"
+            )
+        if not k:
+            continue
+        numbers = (mine[:, None] * layout.along + np.arange(layout.along)).reshape(-1)
+        named = (numbers, len(groups) * layout.along)
+        codes = _codes(groups[mine].reshape(-1, group_size), k, encoding, bits, named)
+        stream[places] = _code_bits(codes, layout.width(k)).reshape(stream[places].shape)
     return PackedTerms(
-        data=data,
+        data=np.packbits(stream),
         shape=v.shape,
         axis=axis,
         group_size=group_size,
-        budget=budget,
+        budget=slots,
         encoding=encoding,
         bits=bits,
     )
@@ -231,26 +314,40 @@ def read_slots(packed: PackedTerms) -> Slots:
     """
     if not isinstance(packed, PackedTerms):
         raise TypeError(f"expected PackedTerms, as `pack` makes them, got {type(packed).__name__}")
-    form, number = packed.format, packed.groups * packed.budget
-    codes = _read_codes(packed.data, number, form.stored_bits)
-    codes = codes.reshape(packed.groups, packed.budget)
-    if packed.budget == 1:
+    layout = packed.layout
+    largest = int(layout.budgets.max(initial=0))
+    shape = (len(layout.budgets), layout.along, largest)
+    found = Slots(*(np.zeros(shape, np.int32) for _ in Slots._fields))
+    stream = np.unpackbits(packed.data, count=layout.length)
+    for k, mine, places in layout.parts():
+        if k:
+            codes = _read_codes(stream[places], layout.width(k))
+            read = _decode(codes.reshape(-1, k), slot_format(packed.group_size, k, packed.bits))
+            for field, values in zip(found, read, strict=True):
+                field[mine, :, :k] = values.reshape(len(mine), layout.along, k)
+    found = Slots(*(field.reshape(packed.groups, largest) for field in found))
+    damaged = (found.member >= packed.group_size) | (found.exponent >= packed.bits)
+    if damaged.any():
+        group, slot = (int(i[0]) for i in np.nonzero(damaged))
+        raise ValueError(
+            f"the stream is damaged: slot {slot} of group {group} names exponent "
+            f"{found.exponent[group, slot]} (of {packed.bits}), member "
+            f"{found.member[group, slot]} (of {packed.group_size})"
+        )
+    return found
+
+
+def _decode(codes: npt.NDArray[np.uint32], form: SlotFormat) -> Slots:
+    """Codes of groups, [groups, budget], as slots."""
+    if codes.shape[1] == 1:
         empty = codes == (1 << form.stored_bits) - 1
     else:
         empty = np.zeros(codes.shape, bool)
         empty[:, 1:] = codes[:, 1:] == codes[:, :-1]
     member = np.where(empty, 0, codes & ((1 << form.index_bits) - 1)).astype(np.int32)
     exponent = (codes >> form.index_bits) & ((1 << form.exponent_bits + form.marker_bits) - 1)
-    exponent = np.where(empty, 0, exponent).astype(np.int32)
-    damaged = (member >= packed.group_size) | (exponent >= packed.bits)
-    if damaged.any():
-        group, slot = (int(i[0]) for i in np.nonzero(damaged))
-        raise ValueError(
-            f"the stream is damaged: slot {slot} of group {group} names exponent "
-            f"{exponent[group, slot]} (of {packed.bits}), member {member[group, slot]} "
-            f"(of {packed.group_size})"
-        )
     sign = 1 - 2 * (codes >> (form.stored_bits - 1)).astype(np.int32)
+    exponent = np.where(empty, 0, exponent).astype(np.int32)
     return Slots(np.where(empty, 0, sign), exponent, member)
 
 
@@ -280,10 +377,10 @@ def _shift_add(x: jax.Array, slots: Slots) -> jax.Array:
 def packed_dot(x: jax.typing.ArrayLike, packed: PackedTerms) -> jax.Array:
     """A dense layer straight from the term stream: what an array of group PEs computes.
 
-    In each of ``budget`` cycles, every group takes its next slot: the index selects one of the g
-    activations that it holds, the exponent shifts it left, the sign adds or subtracts it. Nothing
-    is multiplied, and the int32 sums are those of the integer product ``x @ unpack(packed)``, bit
-    for bit (overflow included: both wrap).
+    In each of ``budget`` cycles (as many as the largest, if filters differ), every group takes its
+    next slot: the index selects one of the g activations that it holds, the exponent shifts it
+    left, the sign adds or subtracts it. Nothing is multiplied, and the int32 sums are those of the
+    integer product ``x @ unpack(packed)``, bit for bit (overflow included: both wrap).
 
     Args:
       x: integers [..., K].
@@ -309,7 +406,7 @@ def packed_dot(x: jax.typing.ArrayLike, packed: PackedTerms) -> jax.Array:
     groups = GroupLayout(packed.group_size, (1,)).split(rows)
 
     def by_cycle(field: np.ndarray) -> jax.Array:
-        fields = field.reshape(outputs, groups.shape[1], packed.budget)
+        fields = field.reshape(outputs, groups.shape[1], field.shape[1])
         return jnp.asarray(fields.transpose(2, 0, 1))
 
     total = _shift_add(groups, Slots(*map(by_cycle, read_slots(packed))))

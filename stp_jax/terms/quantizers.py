@@ -96,8 +96,14 @@ class WeightFormat:
         return align_budget(budget, shape, axes).astype(jnp.int32)
 
 
-def _integers(u: jax.Array, budget: jax.Array, axes: tuple[int, ...], fmt: WeightFormat):
-    """The integers nearest to u that fit the budget, float32."""
+def _integers(
+    u: jax.Array,
+    budget: jax.Array,
+    axes: tuple[int, ...],
+    fmt: WeightFormat,
+    importance: jax.Array | None = None,
+):
+    """The integers nearest to u that fit the budget, float32; importance has the shape of u."""
     layout = fmt.layout(axes)
     shape, axis = layout.merged(u.shape)
     v = project(
@@ -109,13 +115,15 @@ def _integers(u: jax.Array, budget: jax.Array, axes: tuple[int, ...], fmt: Weigh
         encoding=fmt.encoding,
         bits=fmt.bits,
         limit=fmt.largest,
+        importance=None if importance is None else importance.reshape(shape),
     )
     return v.reshape(u.shape).astype(jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _project_scaled(w, scale, budget, axes, fmt):
-    return _integers(w.astype(jnp.float32) / scale, budget, axes, fmt).astype(jnp.int32)
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _project_scaled(w, scale, budget, importance, axes, fmt):
+    v = _integers(w.astype(jnp.float32) / scale, budget, axes, fmt, importance)
+    return v.astype(jnp.int32)
 
 
 def project_scaled(
@@ -125,6 +133,7 @@ def project_scaled(
     *,
     axes: tuple[int, ...],
     fmt: WeightFormat,
+    importance: jax.Array | None = None,
 ) -> jax.Array:
     """The integers v of quantized weights: ``scale * v`` is nearest to w within the budget.
 
@@ -135,6 +144,8 @@ def project_scaled(
         such as one per output channel; may be traced.
       axes: the adjacent axes along which groups lie, flattened in order.
       fmt: the weight format.
+      importance: non-negative weights of the squared errors, broadcastable to w; of the formats
+        whose method takes it.
 
     Returns:
       int32 of the shape of w.
@@ -143,7 +154,10 @@ def project_scaled(
       ValueError: a budget outside [0, fmt.max_budget] or of a shape that does not fit, or axes
         that are not adjacent.
     """
-    return _project_scaled(w, scale, fmt.aligned_budget(budget, w.shape, axes), axes, fmt)
+    budget = fmt.aligned_budget(budget, w.shape, axes)
+    if importance is not None:
+        importance = jnp.broadcast_to(importance, w.shape)
+    return _project_scaled(w, scale, budget, importance, axes, fmt)
 
 
 def scale_cotangent(

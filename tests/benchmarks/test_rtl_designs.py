@@ -38,7 +38,12 @@ def _operands(design: Design, budget: int, *, filters: int = 9) -> Operands:
     )
 
 
-_CASES = [(n, k) for n, d in DESIGNS.items() for k in ((1, 3, 6, 8) if d.takes_terms else (1,))]
+_LARGE = ("mac_dot_16x4", "offset_dot_4x4x8")
+_CASES = [
+    pytest.param(name, budget, marks=pytest.mark.slow if name in _LARGE else ())
+    for name, design in DESIGNS.items()
+    for budget in ((1, 3, 6, 8) if design.takes_terms else (1,))
+]
 
 
 @pytest.mark.parametrize(("name", "budget"), _CASES)

@@ -178,3 +178,21 @@ def test_a_full_disk_is_an_error_and_leaves_the_checkpoint_before(tmp_path, monk
             save(tmp_path, 8)
     assert workdir.disk_is_full(caught.value)
     assert_is_step(restore(tmp_path), 4)
+
+
+def test_budgets_by_layer_and_by_filter_do_not_pass_for_each_other(tmp_path):
+    """A budget is stored as () or beside its kernel; a run of the other kind is told so."""
+    shapes = {"layer": (), "filter": (1, 1, 1, 4)}
+    for saved, wanted in (("layer", "filter"), ("filter", "layer"), ("filter", "filter")):
+        with StageCheckpoints(tmp_path / f"{saved}-{wanted}") as stage:
+            state = {"budget": jnp.full(shapes[saved], 3, jnp.int32)}
+            stage.save(1, state, Position(1))
+            stage.wait()
+            target = {"budget": jnp.zeros(shapes[wanted], jnp.int32)}
+            if saved != wanted:
+                with pytest.raises(CheckpointError, match="does not fit this run"):
+                    stage.restore(target, Position())
+            else:
+                np.testing.assert_array_equal(
+                    stage.restore(target, Position())[1]["budget"], state["budget"]
+                )

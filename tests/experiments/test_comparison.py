@@ -103,7 +103,7 @@ def users_settings():
         yield
 
 
-CHOSEN = {name: EVERY[name] for name in ("float", "uniform", "layer", "no-weights")}
+CHOSEN = {name: EVERY[name] for name in ("float", "uniform", "layer", "filter", "gradients")}
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +140,8 @@ def test_results_come_from_the_members_runs(comparison):
     lost = rows["float"]["test"] - rows["layer"]["test"]
     assert table.loc["layer", "loss"] == pytest.approx(lost)
     assert table.loc["float", "loss"] == 0
-    gained = rows["no-weights"]["test"] - rows["layer"]["test"]
-    assert table.loc["no-weights", "change"] == pytest.approx(gained)
+    gained = rows["gradients"]["test"] - rows["filter"]["test"]
+    assert table.loc["gradients", "change"] == pytest.approx(gained)
 
 
 def test_a_comparison_grows_and_a_failed_member_is_named(comparison):
@@ -165,7 +165,8 @@ def test_a_comparison_grows_and_a_failed_member_is_named(comparison):
     assert all(p.stat().st_mtime_ns == t for p, t in files.items() if p != lost)
     assert set(chosen) == {row["method"] for row in grown["rows"] if row["seed"] in (0, 1)} - {
         "float",
-        "no-weights",
+        "filter",
+        "gradients",
     }
 
 
@@ -191,13 +192,13 @@ def made_up(**accuracies):
 
 def test_intervals_are_student_s_and_differences_are_paired():
     float_, layer, guided = [90.0, 92.0, 94.0], [89.0, 91.5, 93.0], [89.5, 92.0, 93.5]
-    results = made_up(float=float_, layer=layer, guided=guided)
+    results = made_up(float=float_, filter=layer, guided=guided)
     table = summary(results).set_index("method")
     low, high = scipy.stats.t.interval(0.95, 2, np.mean(float_), scipy.stats.sem(float_))
     assert table.loc["float", "interval"] == pytest.approx((high - low) / 2)
     paired = scipy.stats.ttest_rel(float_, layer).confidence_interval()
-    assert table.loc["layer", "loss"] == pytest.approx((paired.low + paired.high) / 2)
-    assert table.loc["layer", "loss_interval"] == pytest.approx((paired.high - paired.low) / 2)
+    assert table.loc["filter", "loss"] == pytest.approx((paired.low + paired.high) / 2)
+    assert table.loc["filter", "loss_interval"] == pytest.approx((paired.high - paired.low) / 2)
     # Half a point better in every seed: no doubt, although the seeds differ by four points.
     assert table.loc["guided", "change"] == pytest.approx(0.5)
     assert table.loc["guided", "change_interval"] == pytest.approx(0, abs=1e-9)

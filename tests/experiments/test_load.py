@@ -34,7 +34,9 @@ def workdir(tmp_path_factory):
 def test_the_loaded_model_has_the_accuracy_and_budgets_of_the_results(workdir):
     run = experiments.load_run(workdir)
     assert run.config.model == "mlp"
-    assert stp_jax.budgets(run.model) == run.results["budgets"]
+    stored = run.results["budgets_by_filter"]
+    held = {path: budget.tolist() for path, budget in stp_jax.budgets(run.model).items()}
+    assert held == stored
     dataset = data.load("digits", data_dir=run.config.data_dir)
     (test,) = data.eval_batches(dataset, batch_size=360)
     hits = np.asarray(run.model(test["input"]).argmax(axis=-1)) == test["label"]

@@ -78,6 +78,8 @@ def test_results_hold_what_they_promise(finished):
     budgeted = [terms["by_layer"][path] for path in results["budgets"]]
     for value, budget in zip(budgeted, results["budgets"].values(), strict=True):
         assert 0 < value <= budget / 8 + 1e-6
+    for path, by_filter in results["budgets_by_filter"].items():
+        assert results["budgets"][path] == pytest.approx(np.mean(by_filter))
     assert min(budgeted) <= terms["budgeted_layers"] <= max(budgeted)
     baseline, ours = (
         results["accelerator"][k]["energy_uj"]["array"] for k in ("int8_bit_parallel", "group_pe")

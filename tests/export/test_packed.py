@@ -113,6 +113,54 @@ def test_every_format_comes_back_bit_for_bit(rule, tmp_path):
     ).read_bytes()
 
 
+def by_filter(seed=0, **rule):
+    """A model whose layers have budgets by filter, one of them with filters of no slot at all."""
+    model, rng = mixed(budget=5, **rule), np.random.default_rng(seed)
+    layers = stp_jax.quantized_layers(model)
+    budgets = {path: rng.integers(0, 9, layer.filter_count) for path, layer in layers.items()}
+    stp_jax.set_budgets(model, budgets | {"conv": 3})
+    stp_jax.search_weight_scales(model)
+    return model
+
+
+def test_budgets_by_filter_come_back_in_version_2(tmp_path):
+    model = by_filter()
+    assert header(model, tmp_path / "m.safetensors")["version"] == 2
+    loaded = load_packed(Mixed(nnx.Rngs(1)), tmp_path / "m.safetensors")
+    loaded.eval()
+    for path, budget in stp_jax.budgets(model).items():
+        np.testing.assert_array_equal(stp_jax.budgets(loaded)[path], budget)
+    integers = stp_jax.integer_weights(loaded)
+    for path, kernel in stp_jax.integer_weights(model).items():
+        np.testing.assert_array_equal(integers[path], kernel)
+    np.testing.assert_array_equal(loaded(TOKENS), model(TOKENS))
+    assert packed_sizes(loaded) == packed_sizes(model)
+
+
+def test_budgets_by_layer_are_written_as_version_1(tmp_path):
+    """So that readers of version 1 read them; equal budgets by filter make the same stream."""
+    model = mixed(budget=5)
+    written = header(model, tmp_path / "layer.safetensors")
+    assert written["version"] == 1
+    assert all(isinstance(entry["budget"], int) for entry in written["layers"].values())
+    layers = stp_jax.quantized_layers(model)
+    equal = {path: np.full(layer.filter_count, 5) for path, layer in layers.items()}
+    stp_jax.set_budgets(model, equal)
+    save_packed(model, tmp_path / "filter.safetensors")
+    with (
+        safe_open(tmp_path / "layer.safetensors", "numpy") as one,
+        safe_open(tmp_path / "filter.safetensors", "numpy") as other,
+    ):
+        for name in one.keys():  # noqa: SIM118
+            np.testing.assert_array_equal(one.get_tensor(name), other.get_tensor(name))
+
+
+def header(model, path):
+    save_packed(model, path)
+    with safe_open(path, "numpy") as file:
+        return json.loads(file.metadata()[FORMAT])
+
+
 def test_every_layer_kind_with_budgets_and_scales_as_trained(tmp_path):
     """Budgets were set after quantizing, and a learned scale has crossed zero."""
     model = mixed(budget=5)
@@ -203,7 +251,7 @@ def test_what_does_not_fit_is_named(tmp_path):
     [
         ({"metadata": {"format": "pt"}}, "holds no packed terms"),
         ({"metadata": {FORMAT: "{"}}, "metadata .* cannot be read"),
-        ({"metadata": {FORMAT: '{"version": 2}'}}, "of version 2"),
+        ({"metadata": {FORMAT: '{"version": 3}'}}, "of version 3"),
         (
             {"depthwise.kernel.terms": jnp.zeros(1, jnp.uint8)},
             "damaged at layer 'depthwise'.*takes uint8",

@@ -51,6 +51,35 @@ def test_round_trip(problem):
     assert packed.nbytes == math.ceil(packed.bits_per_weight * v.size / 8)
 
 
+@settings(max_examples=60)
+@given(within_budget([(9, 4), (3, 8), (2, 5, 3)]), st.integers(0, 2**32 - 1))
+def test_filters_with_slots_of_their_own_are_streams_one_after_the_other(problem, seed):
+    v, options = problem
+    axis, top = (
+        options["axis"] % v.ndim,
+        terms.max_budget(options["group_size"], options["encoding"], options["bits"]),
+    )
+    apart = tuple(1 if a == axis else n for a, n in enumerate(v.shape))
+    budgets = np.random.default_rng(seed).integers(options["budget"], top + 1, apart)
+    zero = np.random.default_rng(seed + 1).random(apart) < 0.2
+    v, budgets = np.where(zero, 0, v), np.where(zero, 0, budgets)
+    packed = pack(v, **options | {"budget": budgets})
+    assert terms.unpack(packed).tolist() == v.tolist()
+    rows, bits = np.moveaxis(v, axis, -1).reshape(-1, v.shape[axis]), ""
+    for row, k in zip(rows, budgets.reshape(-1).tolist(), strict=True):
+        alone = pack(row, **options | {"budget": k, "axis": 0})
+        length = alone.groups * k * alone.format.stored_bits
+        bits += "".join(f"{byte:08b}" for byte in alone.data.tolist())[:length]
+    assert "".join(f"{byte:08b}" for byte in packed.data.tolist())[: len(bits)] == bits
+    assert packed.nbytes == math.ceil(len(bits) / 8)
+    equal = pack(v, **options | {"budget": np.full(apart, options["budget"])})
+    np.testing.assert_array_equal(equal.data, pack(v, **options).data)
+    if v.ndim == 2:
+        kernel = v if axis == 0 else v.T
+        x = np.random.default_rng(seed).integers(-128, 128, (3, len(kernel))).astype(np.int32)
+        np.testing.assert_array_equal(packed_dot(x, packed), x @ kernel)
+
+
 @pytest.mark.parametrize("encoding", terms.ENCODINGS)
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_every_value_round_trips_in_as_many_slots_as_it_has_terms(encoding, bits):

