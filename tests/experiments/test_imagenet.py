@@ -126,7 +126,7 @@ def test_a_run_compares_all_ways_goes_on_and_fills_the_page(folder, tmp_path, mo
     config = experiment.ImagenetConfig(
         data_dir=str(folder),
         weights=str(tmp_path / "w.safetensors"),
-        points="1.0",
+        points=(1.0,),
         calibration_images=2,
         sensitivity_images=1,
         batch_size=2,
