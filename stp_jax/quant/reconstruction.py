@@ -32,8 +32,12 @@ from stp_jax.quant.layers import QuantizedLayer, quantized_layers
 from stp_jax.terms.compensation import check_damping, damped_gram
 from stp_jax.terms.groups import GroupLayout
 from stp_jax.terms.lattice import check_search
-from stp_jax.terms.quantizers import WeightFormat, max_scale, search_scale
-from stp_jax.terms.second_order import check_sweeps, project_second_order
+from stp_jax.terms.quantizers import WeightFormat, max_scale
+from stp_jax.terms.second_order import (
+    check_sweeps,
+    project_second_order,
+    search_output_scale,
+)
 
 _BLOCK = 256  # outputs that are projected at a time
 _DAMPINGS = (0.1, 1.0, 10.0)  # tried beside the least one
@@ -187,13 +191,10 @@ def _filled(x: jax.Array, *extents: int) -> jax.Array:
 
 def _project_block(w, gram, budget, fmt: WeightFormat, search: _Search):
     """Integers and scales of few-term values for real weights ``[K', M]`` under a gram."""
-    importance = jnp.diagonal(gram)[:, None]
-    scale = search_scale(
-        w, budget[None], axes=(0,), scale_axes=(0,), fmt=fmt, importance=importance
-    )
     groups = w.reshape(-1, fmt.group_size, w.shape[1])
+    scale = search_output_scale(groups, gram, budget, fmt=fmt, damping=search.damping)
     options = dataclasses.asdict(search)
-    fit = project_second_order(groups, scale[0], gram, budget, fmt=fmt, **options)
+    fit = project_second_order(groups, scale, gram, budget, fmt=fmt, **options)
     return fit.integers.reshape(w.shape), fit.scale
 
 
