@@ -58,7 +58,7 @@ class ImagenetConfig:
     limit: int | None = None  # the first images of the table only, to try things out
 
     def __post_init__(self) -> None:  # noqa: D105
-        if any(not 0 < point <= 4 for point in self.points):
+        if not self.points or any(not 0 < point <= 4 for point in self.points):
             raise ConfigError(f"points must be terms per weight in (0, 4], got {self.points}")
         for key in ("group_size", "calibration_images", "sensitivity_images", "batch_size"):
             if getattr(self, key) < 1:
