@@ -229,7 +229,6 @@ class GroupPE(PE):
         """Events of a table by gates; None where no such PE can be in one."""
         concrete = isinstance(self.group_size, int | float | np.number | np.ndarray)
         alike = concrete and self.group_size == gates.GROUP_SIZE and self.bits == gates.BITS
-        alike = alike and self.lanes == 1  # those of several lanes are not in a table yet
         if not alike or work.folding.dataflow != "is":
             return None
         live = gates.live_shares(work.network, work.activations)

@@ -94,7 +94,6 @@ def test_the_edge_serialises_every_group_that_is_read():
     "array",
     [
         hwmodel.Array(rows=4, cols=4, pe=hwmodel.GroupPE(group_size=16)),
-        hwmodel.Array(rows=4, cols=4, pe=hwmodel.GroupPE(group_size=8, lanes=4)),
         hwmodel.Array(rows=4, cols=4, dataflow="ws", pe=hwmodel.GroupPE(group_size=8)),
         hwmodel.Array(rows=4, cols=4, pe=hwmodel.TermMac(group_size=8)),
         hwmodel.Array(rows=4, cols=4, pe=hwmodel.Stripes()),
