@@ -15,6 +15,7 @@ the same command goes on after an interruption.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -126,7 +127,7 @@ def make_network(config: ImagenetConfig) -> nnx.Module:
     return with_fast_depthwise(model)
 
 
-def normalised(images: np.ndarray) -> jax.Array:
+def normalised(images: jax.typing.ArrayLike) -> jax.Array:
     """uint8 images as the network was trained on them."""
     return (jnp.asarray(images).astype(jnp.float32) - 127) / 128
 
@@ -142,7 +143,7 @@ def predict(model: nnx.Module, images: np.ndarray, batch_size: int) -> list[int]
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         filled = np.concatenate([batch, np.repeat(batch[:1], batch_size - len(batch), axis=0)])
-        found += np.asarray(_classes(model, filled))[: len(batch)].tolist()
+        found += np.asarray(_classes(model, jnp.asarray(filled)))[: len(batch)].tolist()
     return found
 
 
@@ -279,7 +280,9 @@ def run(config: ImagenetConfig, workdir: Path, console: Console) -> None:
         raise ConfigError("set data_dir, a folder or tar file of labelled images with labels.csv")
     find_weights(config)
     data = load_labelled_images(Path(config.data_dir).expanduser())
-    data = LabelledImages(*(part[: config.limit] for part in data))
+    files, images, labels = data
+    n = config.limit
+    data = LabelledImages(files[:n], images[:n], labels[:n])
     if len(data.files) <= config.calibration_images:
         raise ConfigError(
             f"calibration_images={config.calibration_images} leaves none of the "
@@ -315,8 +318,8 @@ def run(config: ImagenetConfig, workdir: Path, console: Console) -> None:
     for terms in config.points:
         for way, make in WAYS.items():
             key = f"{terms:g} {way}"
-            found[key] = measure(key, lambda make=make, terms=terms: make(study, terms))
-            rows.append({"terms": terms, "way": way, "key": key})
+            found[key] = measure(key, functools.partial(make, study, terms))
+            rows.append((terms, way, key))
     right = {key: np.array(value["classes"]) == data.labels for key, value in found.items()}
     sets = {"all": order, "not calibrated on": others}
     results = {
@@ -336,14 +339,12 @@ def run(config: ImagenetConfig, workdir: Path, console: Console) -> None:
         },
         "rows": [
             {
-                "terms": row["terms"],
-                "way": row["way"],
-                "terms_held": found[row["key"]]["terms_held"],
-                "seconds": found[row["key"]]["seconds"],
-                "layers": found[row["key"]]["layers"],
-                **_compare(right, row["key"], sets),
+                "terms": terms,
+                "way": way,
+                **{name: found[key][name] for name in ("terms_held", "seconds", "layers")},
+                **_compare(right, key, sets),
             }
-            for row in rows
+            for terms, way, key in rows
         ],
         "device": f"{jax.device_count()} × {jax.devices()[0].platform}",
         "versions": {p: importlib.metadata.version(p) for p in _PACKAGES}

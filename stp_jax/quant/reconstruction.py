@@ -132,7 +132,8 @@ def _input_rows(
     if layer.kind == "dense":
         patches = x.reshape(-1, x.shape[-1])[pixels][:, None]
     else:
-        patches = hooks.conv_patches(x, kernel, *args, pixels=pixels, **kwargs)
+        strides, padding, *_ = args
+        patches = hooks.conv_patches(x, kernel, strides, padding, pixels, **kwargs)
     by_group = patches.reshape(*patches.shape[:2], layer.feature_groups, -1)
     rows = jnp.swapaxes(by_group, 1, 2).reshape(len(patches), layer.feature_groups, -1)
     return rows.astype(jnp.float32)
@@ -225,7 +226,8 @@ def _round(w: jax.Array, fmt: WeightFormat) -> tuple[jax.Array, jax.Array]:
 
 def _correction(gram: np.ndarray, cross: np.ndarray, w: np.ndarray, damping: float) -> np.ndarray:
     """(H + damping)⁻¹ X'(Z - X) W: how weights make up for the drift of their inputs."""
-    damped = np.array(jax.vmap(damped_gram, in_axes=(0, None))(gram, jnp.float32(damping)))
+    damp = jax.vmap(damped_gram, in_axes=(0, None))
+    damped = np.array(damp(jnp.asarray(gram), jnp.float32(damping)))
     return np.linalg.solve(damped, cross @ w)
 
 
