@@ -132,7 +132,8 @@ def _input_rows(
     if layer.kind == "dense":
         patches = x.reshape(-1, x.shape[-1])[pixels][:, None]
     else:
-        patches = hooks.conv_patches(x, kernel, *args, pixels=pixels, **kwargs)  # type: ignore[misc]
+        strides, padding, *_ = args
+        patches = hooks.conv_patches(x, kernel, strides, padding, pixels, **kwargs)
     by_group = patches.reshape(*patches.shape[:2], layer.feature_groups, -1)
     rows = jnp.swapaxes(by_group, 1, 2).reshape(len(patches), layer.feature_groups, -1)
     return rows.astype(jnp.float32)
