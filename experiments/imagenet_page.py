@@ -78,7 +78,7 @@ def _losses(results: Mapping[str, Any]) -> str:
 def _layers(results: Mapping[str, Any]) -> str:
     found = {row["terms"]: row["layers"] for row in results["rows"] if row["way"] == FITTED}
     points = [t for t in _points(results) if found.get(t)]
-    paths = found[points[0]]
+    paths = found[points[0]] if points else {}
     rows = [[path, *(f"{100 * found[t][path]:.2f}" for t in points)] for path in paths]
     return _table(["layer", *(f"{t:g}" for t in points)], rows)
 
