@@ -41,6 +41,7 @@ from stp_jax.hwmodel.report import computational_saving as computational_saving
 from stp_jax.hwmodel.sweep import sweep as sweep
 from stp_jax.hwmodel.technology import HOROWITZ_45NM as HOROWITZ_45NM
 from stp_jax.hwmodel.technology import NANGATE_45NM_GATES as NANGATE_45NM_GATES
+from stp_jax.hwmodel.technology import SKY130_130NM_GATES as SKY130_130NM_GATES
 from stp_jax.hwmodel.technology import Technology as Technology
 from stp_jax.hwmodel.technology import read_technology as read_technology
 from stp_jax.hwmodel.term_histogram import GroupTerms as GroupTerms

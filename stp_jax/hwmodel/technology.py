@@ -167,10 +167,15 @@ HOROWITZ_45NM = Technology(
     ),
 )
 
+_CONDITIONS = "gates of rtl/mac_pe.v, gpe.v and weight_edge.v"
 _NANGATE = (
-    "`python benchmarks/rtl_tables.py --liberty nangate45_typical.lib --node-nm 45`: gates of "
-    "rtl/mac_pe.v, gpe.v and weight_edge.v in the Nangate 45 nm Open Cell Library, 1.1 V, 2 ns, "
-    "1 fF of wire per pin"
+    "`python benchmarks/rtl_tables.py --liberty nangate45_typical.lib --node-nm 45`: "
+    f"{_CONDITIONS} in the Nangate 45 nm Open Cell Library, 1.1 V, 2 ns, 1 fF of wire per pin"
+)
+_SKY130 = (
+    "`python benchmarks/rtl_tables.py --liberty sky130hd_tt.lib.gz --node-nm 130 --wire 2.5 "
+    f"--clock-ns 7`: {_CONDITIONS} in SkyWater's sky130_fd_sc_hd, 1.8 V, 7 ns, 2.5 fF of wire "
+    "per pin"
 )
 _GATES_45NM = {
     "mac": 2.319,
@@ -194,20 +199,68 @@ _GATES_AREA_45NM = {
     "group_pe_8": 1140.0,
     "row_edge_8": 1325.0,
 }
+_GATES_130NM = {
+    "mac": 10.74,
+    "mac_bit": 0.7382,
+    "mac_load": 4.196,
+    "group": 12.72,
+    "group_second_term": 12.56,
+    "group_third_term": 11.87,
+    "group_further_term": 9.704,
+    "group_live_term": 4.144,
+    "group_live_pair": 4.96,
+    "group_first_empty_slot": 14.72,
+    "group_further_empty_slot": 1.433,
+    "group_load": 8.053,
+    "edge_group": 7.839,
+    "edge_second_slot": 7.918,
+    "edge_further_slot": 4.602,
+}
+_GATES_AREA_130NM = {
+    "bit_parallel_pe": 6954.0,
+    "group_pe_8": 5994.0,
+}
 _MEMORY = (*_SRAM_BYTES, "dram_64b")
+_SUPPLY_45NM = 0.9
 
-NANGATE_45NM_GATES = Technology(
-    name="45 nm by gates",
-    node_nm=45.0,
-    basis="gates",
-    energy_pj=_GATES_45NM | {entry: HOROWITZ_45NM.energy_pj[entry] for entry in _MEMORY},
-    area_um2=_GATES_AREA_45NM,
-    sources=(
-        *((f"energy_pj.{entry}", _NANGATE) for entry in _GATES_45NM),
-        *((f"area_um2.{entry}", _NANGATE) for entry in _GATES_AREA_45NM),
-        *((f"energy_pj.{entry}", _ENERGY_45NM[entry][1]) for entry in _MEMORY),
-    ),
-)
+
+def _memory(node_nm: float, supply: float) -> dict[str, tuple[float, str]]:
+    """Memory's entries: SRAM scaled by node and supply squared; DRAM is another chip."""
+    entries = {}
+    for entry in _MEMORY:
+        value, source = _ENERGY_45NM[entry]
+        if node_nm != HOROWITZ_45NM.node_nm and entry in _SRAM_BYTES:
+            value *= node_nm / HOROWITZ_45NM.node_nm * (supply / _SUPPLY_45NM) ** 2
+            source = f"derived: {source}, times node and supply squared"
+        entries[entry] = (value, source)
+    return entries
+
+
+def _by_gates(
+    node_nm: float,
+    source: str,
+    energies: Mapping[str, float],
+    areas: Mapping[str, float],
+    supply: float,
+) -> Technology:
+    """A measured table, with memory beside it."""
+    memory = _memory(node_nm, supply)
+    return Technology(
+        name=f"{node_nm:g} nm by gates",
+        node_nm=node_nm,
+        basis="gates",
+        energy_pj={**energies, **{entry: value for entry, (value, _) in memory.items()}},
+        area_um2=areas,
+        sources=(
+            *((f"energy_pj.{entry}", source) for entry in energies),
+            *((f"area_um2.{entry}", source) for entry in areas),
+            *((f"energy_pj.{entry}", of_memory) for entry, (_, of_memory) in memory.items()),
+        ),
+    )
+
+
+NANGATE_45NM_GATES = _by_gates(45.0, _NANGATE, _GATES_45NM, _GATES_AREA_45NM, 1.1)
+SKY130_130NM_GATES = _by_gates(130.0, _SKY130, _GATES_130NM, _GATES_AREA_130NM, 1.8)
 
 
 def _is_number(value: object) -> bool:
