@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.rtl.bench import common_period, implement_design, target
 from benchmarks.rtl.catalogue import DESIGNS
 from benchmarks.rtl.design import Design
-from benchmarks.rtl.edge import weight_edge
+from benchmarks.rtl.edge import EDGE, lanes_of, weight_edge
 from benchmarks.rtl.energy import measure
 from benchmarks.rtl.gate_simulation import simulate
 from benchmarks.rtl.operands import OperandSet, of_network, synthetic
-from benchmarks.rtl.stimuli import ROWS
+from benchmarks.rtl.stimuli import ROWS, passes
 from benchmarks.rtl.synthesis import Implementation, Target
 from stp_jax import hwmodel
 from stp_jax.hwmodel import gates
@@ -39,7 +39,6 @@ from stp_jax.hwmodel.arrays import fold
 from stp_jax.hwmodel.pes import Workload
 
 DIGITS = 4
-WEIGHT_EDGE = weight_edge()
 MEMORY = ("sram_8kib_64b", "sram_32kib_64b", "sram_1mib_64b", "dram_64b")
 MEMORY_NODE, MEMORY_VOLT = 45.0, 0.9
 
@@ -114,7 +113,9 @@ def pe_events(design: Design, operands: OperandSet, case: Case) -> dict[str, flo
     folds, filters, group = work.weights.shape
     lanes, pixels = (group, folds) if design.takes_terms else (1, folds * group)
     network = hwmodel.Network((hwmodel.dense("pe", ROWS * lanes, filters, rows=pixels),))
-    pe = hwmodel.GroupPE(group_size=group) if design.takes_terms else hwmodel.BitParallel()
+    pe: hwmodel.PE = hwmodel.BitParallel()
+    if design.takes_terms:
+        pe = hwmodel.GroupPE(group_size=group, lanes=lanes_of(design))
     counted = pe.activity(
         Workload(
             network=network,
@@ -126,7 +127,10 @@ def pe_events(design: Design, operands: OperandSet, case: Case) -> dict[str, flo
     if counted is None:
         raise ValueError(f"the model has no events by gates of {design.name}")
     events = {name: float(np.ravel(count)[0]) / ROWS for name, count in counted.items()}
-    if case.budget > terms and design.takes_terms:  # counted above for slots that are all full
+    if design.takes_terms and lanes_of(design) > 1:
+        more = passes(case.budget, lanes_of(design)) - passes(terms, lanes_of(design))
+        events[f"pass_{lanes_of(design)}"] += more * folds * filters
+    if case.budget > terms and "group_first_empty_slot" in events:  # counted for full slots above
         events["group_first_empty_slot"] += folds * filters
         events["group_further_empty_slot"] += folds * filters * (case.budget - terms - 1)
     return events
@@ -134,9 +138,12 @@ def pe_events(design: Design, operands: OperandSet, case: Case) -> dict[str, flo
 
 def edge_events(design: Design, operands: OperandSet, case: Case) -> dict[str, float]:
     """What the model counts for one row's edge."""
-    weights = operands.by_budget[case.terms or case.budget].weights
-    counted = gates.edge_events(np.array([weights.size]), np.array([case.budget]))
-    return {name: float(count[0]) for name, count in counted.items()}
+    groups = operands.by_budget[case.terms or case.budget].psums.size
+    lanes, budget = lanes_of(design), np.array([float(case.budget)])
+    each = gates.edge_events(budget, 0.0)
+    if lanes > 1:
+        each = gates.lane_edge_events(lanes, np.ceil(budget / lanes))
+    return {name: float(count[0]) * groups for name, count in each.items()}
 
 
 def solve(events: Sequence[dict[str, float]], energies: Sequence[float]) -> dict[str, float]:
@@ -160,7 +167,7 @@ def calibrates(design: Design, case: Case) -> bool:
     """Budgets change nothing in an int8 PE, empty slots little in the edge."""
     if not design.takes_terms:
         return case.budget == 8 and case.terms is None
-    return design is not WEIGHT_EDGE or (case.terms is None and case.zeros == 0.4)
+    return design.top != EDGE or (case.terms is None and case.zeros == 0.4)
 
 
 def predict(table: dict[str, float], events: dict[str, float]) -> float:
@@ -175,7 +182,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--clock-ns", type=float, default=2.0, help="shortest clock period to use")
     parser.add_argument("--wire", type=float, default=1.0, help="fF of wire per pin of a net")
     parser.add_argument("--baseline", default="mac", choices=DESIGNS)
-    parser.add_argument("--group-pe", default="gpe", choices=DESIGNS)
+    parser.add_argument("--group-pe", nargs="+", default=["gpe"], choices=DESIGNS)
     parser.add_argument("--packed", type=Path, help="hold back a packed network's layers as well")
     parser.add_argument("--activations", type=Path, help="its recorded activations, as .npz")
     arguments = parser.parse_args()
@@ -189,11 +196,9 @@ def read_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = read_arguments()
     aim = target(arguments.liberty, period=arguments.clock_ns, wire=arguments.wire)
-    designs = (
-        (DESIGNS[arguments.baseline], pe_events),
-        (DESIGNS[arguments.group_pe], pe_events),
-        (WEIGHT_EDGE, edge_events),
-    )
+    group_pes = [DESIGNS[name] for name in arguments.group_pe]
+    designs = [(design, pe_events) for design in (DESIGNS[arguments.baseline], *group_pes)]
+    designs += [(weight_edge(lanes_of(design)), edge_events) for design in group_pes]
     made = {design.name: implement_design(design, aim) for design, _ in designs}
     period = common_period((m.timing.period for m in made.values()), arguments.clock_ns)
     table: dict[str, float] = {}
@@ -227,7 +232,7 @@ def held_back(arguments: argparse.Namespace, design: Design) -> list[tuple[Case,
     if not design.takes_terms:  # the budget changes nothing
         plain = [dataclasses.replace(case, budget=8) for case in HELD_BACK if case.terms is None]
         chosen = list(dict.fromkeys(plain))
-    if design is WEIGHT_EDGE:  # it sees no activations
+    if design.top == EDGE:  # it sees no activations
         chosen = [case for case in HELD_BACK if case.zeros == 0.4 and case.activation == 40.0]
     cases = [(case, case.operands()) for case in chosen]
     if arguments.packed is not None:
@@ -251,15 +256,19 @@ def describe(
     """The table as a file of `read_technology`."""
     library = aim.library
     source = (
-        f"benchmarks/rtl_tables.py --liberty {arguments.liberty.name} --node-nm "
+        f"benchmarks/rtl_tables.py --baseline {arguments.baseline} --group-pe "
+        f"{' '.join(arguments.group_pe)} --liberty {arguments.liberty.name} --node-nm "
         f"{arguments.node_nm:g} --wire {arguments.wire:g}: {library.name}, {library.voltage:g} V, "
         f"clock {period:.2f} ns"
     )
     areas = {
         "bit_parallel_pe": made[arguments.baseline].netlist.area,
-        "group_pe_8": made[arguments.group_pe].netlist.area,
-        "row_edge_8": made[WEIGHT_EDGE.name].netlist.area,
     }
+    for design in map(DESIGNS.get, arguments.group_pe):
+        lanes = lanes_of(design)
+        of_lanes = f"_of_{lanes}_lanes" if lanes > 1 else ""
+        areas[f"group_pe_8{of_lanes}"] = made[design.name].netlist.area
+        areas[f"row_edge_8{of_lanes}"] = made[weight_edge(lanes).name].netlist.area
 
     def entries(values: dict[str, float]) -> dict[str, dict]:
         return {

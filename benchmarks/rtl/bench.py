@@ -9,7 +9,17 @@ from pathlib import Path
 
 from benchmarks.rtl import opensta
 from benchmarks.rtl.design import Design
-from benchmarks.rtl.energy import KINDS, Energy, half_cv2_of, measure
+from benchmarks.rtl.edge import EDGE
+from benchmarks.rtl.energy import (
+    EDGE_BLOCKS,
+    KINDS,
+    MULTIPLIER_BLOCKS,
+    TERM_BLOCKS,
+    Blocks,
+    Energy,
+    half_cv2_of,
+    measure,
+)
 from benchmarks.rtl.gate_simulation import simulate
 from benchmarks.rtl.liberty import Library, read_library
 from benchmarks.rtl.operands import OperandSet
@@ -74,7 +84,8 @@ def measure_design(
         stimulus = design.drive(operand_set.at(budget, takes_terms=design.takes_terms), budget)
         play_design(design, stimulus)
         activity = simulate(made.netlist, made.timing, stimulus, period=period, seed=number)
-        energy = measure(made.netlist, made.timing, activity, library.voltage)
+        blocks = blocks_of(design)
+        energy = measure(made.netlist, made.timing, activity, library.voltage, blocks)
         cycles = stimulus.measured[1] - stimulus.measured[0]
         changes = sum(activity.toggles(net) for net in made.netlist.nets)
         results.append((_per_mac(energy, stimulus.multiplications), changes / cycles))
@@ -82,6 +93,13 @@ def measure_design(
         by_block=_mean([blocks for blocks, _ in results]),
         toggles_per_cycle=math.fsum(changes for _, changes in results) / len(results),
     )
+
+
+def blocks_of(design: Design) -> Blocks:
+    """How the design's cells are divided in breakdowns."""
+    if design.top == EDGE:
+        return EDGE_BLOCKS
+    return TERM_BLOCKS if design.takes_terms else MULTIPLIER_BLOCKS
 
 
 def check_design(

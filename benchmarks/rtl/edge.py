@@ -9,6 +9,7 @@ import numpy as np
 from benchmarks.rtl.design import PRODUCT, Design, Operands, Stimulus
 from benchmarks.rtl.stimuli import RESET, WIDTH, pack, passes, terms
 
+EDGE = "weight_edge"  # the module
 COLUMNS = 32  # of the array that one edge serves
 
 
@@ -60,7 +61,7 @@ def weight_edge(lanes: int = 1) -> Design:
     return Design(
         name=f"weight_edge_{lanes}" if lanes > 1 else "weight_edge",
         title=f"encoders and serialiser of a row, {lanes} terms of a group of 8 a cycle",
-        top="weight_edge",
+        top=EDGE,
         sources=tuple(
             PRODUCT / f"{name}.v" for name in ("naf_encoder", "term_stream", "weight_edge")
         ),

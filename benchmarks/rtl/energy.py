@@ -24,15 +24,18 @@ from benchmarks.rtl.timing import EDGES, Timing
 KINDS = ("switching", "internal", "leakage")
 # Blocks of combinational cells: a cell belongs to the last block one of whose signals it depends
 # on, be it a register's output or an input port. Anything else decides only when things happen.
-BLOCKS = (
-    ("encoder", r"weights|value"),
-    ("selector", r"activations|index|select|valid|terms"),
-    ("multiplier", r"activation(?!s)|weight(?!s)"),
-    ("shifter", r"exponent|sign|shift"),
-    ("serialiser", r"pending|negative|first"),
+Blocks = Sequence[tuple[str, str]]
+MULTIPLIER_BLOCKS: Blocks = (
+    ("multiplier", r"activation|weight|digit|booth"),
+    ("psum adder", r"psum"),
+)
+TERM_BLOCKS: Blocks = (
+    ("selector", r"activation|index|select|valid|terms"),
+    ("shifter", r"exponent|sign|negative|shift"),
     ("group adder", r"(?:^|\.)(?:sum|carry|accumulator|total|acc)"),
     ("psum adder", r"psum"),
 )
+EDGE_BLOCKS: Blocks = (("encoder", r"weights"), ("serialiser", r"pending|negative"))
 REGISTERS = (
     ("psum registers", r"psum"),
     ("activation registers", r"activation"),
@@ -57,22 +60,28 @@ class Energy:
         return sum(kinds[kind] for kinds in self.by_block.values())
 
 
-def measure(netlist: Netlist, timing: Timing, activity: Activity, voltage: float) -> Energy:
+def measure(
+    netlist: Netlist,
+    timing: Timing,
+    activity: Activity,
+    voltage: float,
+    blocks: Blocks = TERM_BLOCKS,
+) -> Energy:
     """Energy of what happened in the window.
 
     Clock nets, the clock pins of registers and whole clock gates are the block ``clock``; nets of
     input ports are ``inputs``: the neighbour's registers drive them, the load is here.
     """
-    blocks = block_of(netlist)
+    block_names = block_of(netlist, blocks)
     total: dict[str, dict[str, float]] = collections.defaultdict(lambda: dict.fromkeys(KINDS, 0.0))
     for net in netlist.nets:
         driver = netlist.drivers.get(net)
-        block = "inputs" if driver is None else blocks[driver[0].name]
+        block = "inputs" if driver is None else block_names[driver[0].name]
         block = "clock" if net in netlist.clock_nets else block
         total[block]["switching"] += half_cv2_of([net], timing, activity, voltage)
     samples = _samples(activity)
     for instance in netlist.instances:
-        block = blocks[instance.name]
+        block = block_names[instance.name]
         for pin in instance.cell.inputs:
             if pin.power:
                 on_clock = instance.pins[pin.name] in netlist.clock_nets
@@ -91,7 +100,7 @@ def half_cv2_of(nets: Iterable[Net], timing: Timing, activity: Activity, voltage
     return sum(0.5 * timing.loads[net] * voltage**2 * activity.toggles(net) for net in nets)
 
 
-def block_of(netlist: Netlist, blocks: Sequence[tuple[str, str]] = BLOCKS) -> dict[str, str]:
+def block_of(netlist: Netlist, blocks: Blocks) -> dict[str, str]:
     """Instance -> block: by its name for a register, by what it depends on for other cells."""
     sources: dict[Net, frozenset[str]] = {"0": frozenset(), "1": frozenset()}
     sources |= {net: frozenset({port}) for net, port in netlist.input_nets.items()}

@@ -58,7 +58,7 @@ class ImagenetConfig:
     limit: int | None = None  # the first images of the table only, to try things out
 
     def __post_init__(self) -> None:  # noqa: D105
-        if any(not 0 < point <= 4 for point in self.points):
+        if not self.points or any(not 0 < point <= 4 for point in self.points):
             raise ConfigError(f"points must be terms per weight in (0, 4], got {self.points}")
         for key in ("group_size", "calibration_images", "sensitivity_images", "batch_size"):
             if getattr(self, key) < 1:
@@ -280,7 +280,9 @@ def run(config: ImagenetConfig, workdir: Path, console: Console) -> None:
         raise ConfigError("set data_dir, a folder or tar file of labelled images with labels.csv")
     find_weights(config)
     data = load_labelled_images(Path(config.data_dir).expanduser())
-    data = LabelledImages(*(part[: config.limit] for part in data))  # type: ignore[arg-type]
+    files, images, labels = data
+    n = config.limit
+    data = LabelledImages(files[:n], images[:n], labels[:n])
     if len(data.files) <= config.calibration_images:
         raise ConfigError(
             f"calibration_images={config.calibration_images} leaves none of the "
@@ -312,12 +314,12 @@ def run(config: ImagenetConfig, workdir: Path, console: Console) -> None:
         "float": measure("float", lambda: (study.network, {})),
         "int8": measure("int8", lambda: (study.int8(), {})),
     }
-    rows: list[dict[str, Any]] = []
+    rows = []
     for terms in config.points:
         for way, make in WAYS.items():
             key = f"{terms:g} {way}"
             found[key] = measure(key, functools.partial(make, study, terms))
-            rows.append({"terms": terms, "way": way, "key": key})
+            rows.append((terms, way, key))
     right = {key: np.array(value["classes"]) == data.labels for key, value in found.items()}
     sets = {"all": order, "not calibrated on": others}
     results = {
@@ -337,14 +339,12 @@ def run(config: ImagenetConfig, workdir: Path, console: Console) -> None:
         },
         "rows": [
             {
-                "terms": row["terms"],
-                "way": row["way"],
-                "terms_held": found[row["key"]]["terms_held"],
-                "seconds": found[row["key"]]["seconds"],
-                "layers": found[row["key"]]["layers"],
-                **_compare(right, row["key"], sets),
+                "terms": terms,
+                "way": way,
+                **{name: found[key][name] for name in ("terms_held", "seconds", "layers")},
+                **_compare(right, key, sets),
             }
-            for row in rows
+            for terms, way, key in rows
         ],
         "device": f"{jax.device_count()} × {jax.devices()[0].platform}",
         "versions": {p: importlib.metadata.version(p) for p in _PACKAGES}

@@ -111,7 +111,7 @@ def evaluate(
     )
     activity = array.pe.activity(work)
     moved = traffic(network, array, folding, activity.weight_bits, smoothing)
-    energies = _energy(array, technology, activity, moved, smoothing)
+    energies = _energy(array, technology, activity, moved)
     select_pj = energies.pop("select")
     compute = folding.fill_cycles + activity.cycles
     first_fill = moved.first_fill_bytes / array.dram_bandwidth
@@ -167,11 +167,10 @@ def _energy(
     technology: Technology,
     activity: Activity,
     moved: Traffic,
-    smoothing: float,
 ) -> dict[str, Vector]:
     """Energy by component, and of selection; traced where the technology alone is traced."""
     if technology.basis == "gates":
-        return _gate_energy(array, technology, activity, moved, smoothing)
+        return _gate_energy(array, technology, activity, moved)
     xp = namespace_of(moved.dram_bytes, *technology.energy_pj.values())
     encoder = [] if activity.encoder is None else [activity.encoder]
     selection = [] if activity.selections is None else ["int8_shift"]
@@ -212,7 +211,6 @@ def _gate_energy(
     technology: Technology,
     activity: Activity,
     moved: Traffic,
-    smoothing: float,
 ) -> dict[str, Vector]:
     """As `_energy`, of PEs and edges measured as a whole."""
     if activity.gates is None:
@@ -223,9 +221,9 @@ def _gate_energy(
         )
     xp = namespace_of(moved.dram_bytes, *technology.energy_pj.values())
     edge: dict[str, Vector] = {}
-    if activity.encoder is not None and activity.budgets is not None:
-        read = moved.accesses["sram_filter_read"] * activity.encoded_share
-        edge = gates.edge_events(read, activity.budgets, smoothing)
+    if activity.encoder is not None and activity.edge is not None:
+        entering = moved.accesses["sram_filter_read"] * activity.encoded_share / gates.GROUP_SIZE
+        edge = {name: entering * count for name, count in activity.edge.items()}
     technology.require([*activity.gates, *edge, "dram_64b"])
     zero = xp.zeros_like(as_real(moved.dram_bytes, xp))
 

@@ -41,6 +41,12 @@ GROUP_EVENTS = (
 EDGE_EVENTS = ("edge_group", "edge_second_slot", "edge_further_slot")
 
 
+def lane_event_names(lanes: int) -> tuple[str, ...]:
+    """Entries of a table for group PEs of several lanes and their edge."""
+    passes = (f"pass_{lanes}{part}" for part in ("", "_term", "_live_term", "_load"))
+    return (*passes, f"edge_{lanes}_group", f"edge_{lanes}_further_pass")
+
+
 def live_shares(network: Network, activations: Operands | None) -> np.ndarray:
     """Share of each layer's activations that are not zero; 0.6 where they are not given."""
     return _means(network, activations, lambda a: a != 0, LIVE_SHARE)
@@ -128,16 +134,45 @@ def group_events(
     return {**by_pixel, "group_load": load_cycles(folding)}
 
 
-def edge_events(weights_read: Vector, budgets: Vector, smoothing: float = 0.0) -> dict[str, Vector]:
-    """Events of the rows' edges, encoders and serialiser, for weights that enter as integers.
+def lane_events(
+    folding: Folding, lanes: int, passes: Vector, terms: Vector, live: np.ndarray
+) -> dict[str, Vector]:
+    """Events of `GroupPE`s of several lanes, real vectors over layers.
+
+    Args:
+      folding: of the network onto the array.
+      lanes: L, terms a pass.
+      passes: of all groups, each met once by every output pixel; by layer.
+      terms: likewise.
+      live: share of activations that are not zero.
+    """
+    each = {
+        f"pass_{lanes}": passes,
+        f"pass_{lanes}_term": terms,
+        f"pass_{lanes}_live_term": terms * as_real(live, namespace_of(terms)),
+    }
+    by_pixel = {name: count * folding.P for name, count in each.items()}
+    return {**by_pixel, f"pass_{lanes}_load": load_cycles(folding)}
+
+
+def edge_events(budgets: Vector, smoothing: float) -> dict[str, Vector]:
+    """Events of a row's edge, encoders and serialiser, for one group; real vectors like budgets.
 
     A group with its first slot, then its second, with which the serialiser begins to work, and the
     others; slots without a term cost almost the same.
     """
-    groups = weights_read / GROUP_SIZE
+    xp = namespace_of(budgets)
     first, second = (smooth_minimum(budgets, n, smoothing) for n in (1.0, 2.0))
     return {
-        "edge_group": groups,
-        "edge_second_slot": groups * (second - first),
-        "edge_further_slot": groups * (budgets - second),
+        "edge_group": xp.ones_like(budgets),
+        "edge_second_slot": second - first,
+        "edge_further_slot": budgets - second,
+    }
+
+
+def lane_edge_events(lanes: int, passes: Vector) -> dict[str, Vector]:
+    """As `edge_events`, of an edge that gives ``lanes`` terms a cycle."""
+    return {
+        f"edge_{lanes}_group": namespace_of(passes).ones_like(passes),
+        f"edge_{lanes}_further_pass": passes - 1.0,
     }

@@ -190,7 +190,7 @@ class GroupPE(PE):
                 weight_bits,
             )
         steps = budgets.share(folding.folds * folding.steps)
-        cycles = smooth_maximum(self._passes(k, work.smoothing), 1.0, work.smoothing)
+        cycles = xp.asarray(smooth_maximum(self._passes(k, work.smoothing), 1.0, work.smoothing))
         # With one lane the accumulator is clocked for each term, with several the partial sum for
         # each pass.
         accumulated = added + empty * folding.P
@@ -214,7 +214,8 @@ class GroupPE(PE):
             # Two-input multiplexers that select one of g activations; an estimate of the wiring.
             selections=added * (ACTIVATION_BITS * (group_size - 1.0)),
             budgets=budgets.mean(k),
-            gates=self._gate_events(work, budgets, groups, held),
+            gates=self._gate_events(work, budgets, groups, cycles, held),
+            edge=self._edge_events(budgets, cycles, work.smoothing),
         )
 
     def _gate_events(
@@ -222,23 +223,36 @@ class GroupPE(PE):
         work: Workload,
         budgets: LayerBudgets,
         groups: Vector,
+        passes: Vector,
         held: Callable[[Vector], Vector],
     ) -> dict[str, Vector] | None:
-        """Events of a table by gates; None where no such PE was measured."""
+        """Events of a table by gates; None where no such PE can be in one."""
         concrete = isinstance(self.group_size, int | float | np.number | np.ndarray)
         alike = concrete and self.group_size == gates.GROUP_SIZE and self.bits == gates.BITS
-        alike = alike and self.lanes == 1  # those of several lanes are not in a table yet
         if not alike or work.folding.dataflow != "is":
             return None
+        live = gates.live_shares(work.network, work.activations)
+        if self.lanes > 1:
+            total = budgets.total(groups * passes)
+            return gates.lane_events(work.folding, self.lanes, total, held(budgets.k), live)
         return gates.group_events(
             work.folding,
             budgets.k,
             budgets.total(groups),
             budgets.total(groups * budgets.k),
             held,
-            gates.live_shares(work.network, work.activations),
+            live,
             work.smoothing,
         )
+
+    def _edge_events(
+        self, budgets: LayerBudgets, passes: Vector, smoothing: float
+    ) -> dict[str, Vector]:
+        """Events of a row's edge by gates, means over a layer's groups."""
+        events = gates.edge_events(budgets.k, smoothing)
+        if self.lanes > 1:
+            events = gates.lane_edge_events(self.lanes, passes)
+        return {name: budgets.mean(count) for name, count in events.items()}
 
     def _resolve_budgets(self, work: Workload, statistics: GroupTerms) -> LayerBudgets:
         """The budgets; by default what the weights hold, or all that groups can need."""
@@ -317,6 +331,7 @@ class TermMac(GroupPE):
             events={"int8_add": 2.0 * pairs},
             selections=None,
             gates=None,
+            edge=None,
         )
 
 

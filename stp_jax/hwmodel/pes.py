@@ -36,6 +36,7 @@ class Activity:
     selections: Vector | None = None  # two-input multiplexers that select operands, as they switch
     budgets: Vector | None = None  # k of each layer, for PEs that have budgets
     gates: dict[str, Vector] | None = None  # events of a table by gates; None: not measured
+    edge: dict[str, Vector] | None = None  # likewise of a row's edge, for each group that enters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

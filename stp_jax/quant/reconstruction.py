@@ -32,8 +32,12 @@ from stp_jax.quant.layers import QuantizedLayer, quantized_layers
 from stp_jax.terms.compensation import check_damping, damped_gram
 from stp_jax.terms.groups import GroupLayout
 from stp_jax.terms.lattice import check_search
-from stp_jax.terms.quantizers import WeightFormat, max_scale, search_scale
-from stp_jax.terms.second_order import check_sweeps, project_second_order
+from stp_jax.terms.quantizers import WeightFormat, max_scale
+from stp_jax.terms.second_order import (
+    check_sweeps,
+    project_second_order,
+    search_output_scale,
+)
 
 _BLOCK = 256  # outputs that are projected at a time
 _DAMPINGS = (0.1, 1.0, 10.0)  # tried beside the least one
@@ -128,7 +132,8 @@ def _input_rows(
     if layer.kind == "dense":
         patches = x.reshape(-1, x.shape[-1])[pixels][:, None]
     else:
-        patches = hooks.conv_patches(x, kernel, *args, pixels=pixels, **kwargs)  # type: ignore[misc]
+        strides, padding, *_ = args
+        patches = hooks.conv_patches(x, kernel, strides, padding, pixels, **kwargs)
     by_group = patches.reshape(*patches.shape[:2], layer.feature_groups, -1)
     rows = jnp.swapaxes(by_group, 1, 2).reshape(len(patches), layer.feature_groups, -1)
     return rows.astype(jnp.float32)
@@ -187,13 +192,10 @@ def _filled(x: jax.Array, *extents: int) -> jax.Array:
 
 def _project_block(w, gram, budget, fmt: WeightFormat, search: _Search):
     """Integers and scales of few-term values for real weights ``[K', M]`` under a gram."""
-    importance = jnp.diagonal(gram)[:, None]
-    scale = search_scale(
-        w, budget[None], axes=(0,), scale_axes=(0,), fmt=fmt, importance=importance
-    )
     groups = w.reshape(-1, fmt.group_size, w.shape[1])
+    scale = search_output_scale(groups, gram, budget, fmt=fmt, damping=search.damping)
     options = dataclasses.asdict(search)
-    fit = project_second_order(groups, scale[0], gram, budget, fmt=fmt, **options)
+    fit = project_second_order(groups, scale, gram, budget, fmt=fmt, **options)
     return fit.integers.reshape(w.shape), fit.scale
 
 
@@ -234,8 +236,29 @@ def _gain(gram: np.ndarray, cross: np.ndarray, w: np.ndarray, change: np.ndarray
     return float(np.sum(change * (2 * (cross @ w) - gram @ change)))
 
 
-def _target(rows: _Rows, seen: _Seen, has_bias: bool, w: np.ndarray, damping: float) -> np.ndarray:
-    """The real weights that the layer is projected from, ``[groups, K', M]``.
+def _shrunk(gram: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """The gram matrix with its off-diagonal drawn to 0 by the share of it that is noise.
+
+    That share is the least squared error's (Ledoit & Wolf, "A well-conditioned estimator for
+    large-dimensional covariance matrices", J. Multivar. Anal. 88, 2004), with the variance of the
+    mean taken from its two halves, since neighbouring pixels are no independent samples.
+    """
+    apart = ~np.eye(gram.shape[-1], dtype=bool)
+    noise = np.sum(((first - second) * apart) ** 2, axis=(1, 2), keepdims=True) / 4
+    power = np.sum((gram * apart) ** 2, axis=(1, 2), keepdims=True)
+    share = np.minimum(noise / np.maximum(power, 1e-30), 1)
+    return np.where(apart, (1 - share) * gram, gram)
+
+
+class _Problem(NamedTuple):
+    """A layer's fit as matrices, each ``[G, …]``."""
+
+    gram: np.ndarray  # [G, K', K']
+    target: np.ndarray  # [G, K', M]: the real weights that are to be projected
+
+
+def _problem(rows: _Rows, seen: _Seen, has_bias: bool, w: np.ndarray, damping: float) -> _Problem:
+    """What a layer of weights ``[G, K', M]`` is to be projected from, and under what.
 
     The damping of the correction is the one that does best on examples that it was not found from,
     since few examples of many inputs would otherwise have it follow their noise.
@@ -245,25 +268,26 @@ def _target(rows: _Rows, seen: _Seen, has_bias: bool, w: np.ndarray, damping: fl
         used = moments.centred() if has_bias else moments
         return np.array(rows.pad_square(used.gram)), np.array(rows.pad_square(used.cross))
 
+    gram, cross = padded(seen.whole)
     if seen.halves is None:
-        return w
+        return _Problem(gram, w)
     first, second = (padded(half) for half in seen.halves)
     gains = {}
     for d in (damping, *(d for d in _DAMPINGS if d > damping)):
         there, back = _correction(*first, w, d), _correction(*second, w, d)
         gains[d] = _gain(*second, w, there) + _gain(*first, w, back)
     best = max(gains, key=lambda d: gains[d])
-    return w + _correction(*padded(seen.whole), w, best) if gains[best] > 0 else w
+    target = w + _correction(gram, cross, w, best) if gains[best] > 0 else w
+    return _Problem(_shrunk(gram, first[0], second[0]), target)
 
 
 def _fit_layer(layer: QuantizedLayer, seen: _Seen, has_bias: bool, search: _Search) -> _Fit:
-    rows, moments, fmt = _Rows.of(layer), seen.whole, layer.rule.format
+    rows, fmt = _Rows.of(layer), layer.rule.format
     w = np.array(rows.split(layer.kernel.astype(jnp.float32)))
-    target = jnp.asarray(_target(rows, seen, has_bias, w, search.damping))
+    gram, target = map(jnp.asarray, _problem(rows, seen, has_bias, w, search.damping))
     if layer.rule.budget is None:
         integers, scale = _round(target, fmt)
     else:
-        gram = rows.pad_square((moments.centred() if has_bias else moments).gram)
         budget = jnp.broadcast_to(layer.flat_budget, (rows.shape[-1],)).reshape(rows.groups, -1)
         integers, scale = _project(target, gram, budget, fmt, search)
     scale = scale.reshape((1,) * (len(rows.shape) - 1) + (-1,))

@@ -44,5 +44,6 @@ from stp_jax.terms.quantizers import quantize_weights_relaxed as quantize_weight
 from stp_jax.terms.quantizers import search_scale as search_scale
 from stp_jax.terms.second_order import SecondOrderFit as SecondOrderFit
 from stp_jax.terms.second_order import project_second_order as project_second_order
+from stp_jax.terms.second_order import search_output_scale as search_output_scale
 from stp_jax.terms.slots import SlotFormat as SlotFormat
 from stp_jax.terms.slots import slot_format as slot_format

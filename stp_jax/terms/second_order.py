@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from stp_jax.terms.compensation import (
     check_compensation,
@@ -33,7 +34,7 @@ from stp_jax.terms.lattice import (
     quadratic_cost,
     search_group,
 )
-from stp_jax.terms.quantizers import WeightFormat
+from stp_jax.terms.quantizers import WeightFormat, max_scale
 
 
 class SecondOrderFit(NamedTuple):
@@ -59,6 +60,55 @@ def best_scale(w: jax.Array, scale: jax.Array, integers: jax.Array, gram: jax.Ar
     power, along = jnp.sum(v * seen, axis=0), jnp.sum(w * seen, axis=0)
     usable = (power > 0) & (along > 0)
     return jnp.where(usable, along / jnp.where(usable, power, 1.0), scale)
+
+
+def search_output_scale(
+    w: jax.Array,
+    gram: jax.Array,
+    budget: jax.typing.ArrayLike,
+    *,
+    fmt: WeightFormat,
+    damping: float = 0.01,
+    candidates: int = 14,
+    lowest: float = 0.85,
+    highest: float = 2.4,
+) -> jax.Array:
+    """The scale of each output at which its compensated projection moves it least.
+
+    Powers of two repeat at twice the scale, so that with few terms it matters where between two of
+    them the weights fall, and the largest weight is better placed at 2**(bits - 2), which takes one
+    term, than at the largest integer.
+
+    Args:
+      w, gram, budget, fmt, damping: as for `project_second_order`.
+      candidates: how many multiples of `max_scale` to try, 1 or more.
+      lowest, highest: the smallest and the largest of them.
+
+    Returns:
+      float32 ``[outputs]``.
+
+    Raises:
+      ValueError: as by `project_compensated`, or there is no candidate.
+    """
+    if candidates < 1:
+        raise ValueError(f"candidates must be 1 or more, got {candidates}")
+    peak = max_scale(w, axes=(0, 1), bits=fmt.bits)[0, 0]
+    check_compensation(w, peak, gram, budget, fmt, damping)
+    f32, budget = jnp.float32, jnp.asarray(budget, jnp.int32)
+    w, gram = jnp.asarray(w, f32), jnp.asarray(gram, f32)
+    flat, damped = w.reshape(len(gram), -1), damped_gram(gram, f32(damping))
+
+    def error_at(scale: jax.Array) -> jax.Array:
+        integers = compensated_integers(w, scale, gram, budget, f32(damping), fmt)
+        return output_error(flat, scale, integers.reshape(flat.shape), damped)
+
+    scale, error = peak, jnp.full(peak.shape, jnp.inf, f32)
+    for ratio in np.geomspace(lowest, highest, candidates):
+        tried = peak * f32(ratio)
+        found = error_at(tried)
+        scale = jnp.where(found < error, tried, scale)
+        error = jnp.minimum(found, error)
+    return scale
 
 
 class _Steps(NamedTuple):

@@ -172,7 +172,7 @@ def test_a_comparison_grows_and_a_failed_member_is_named(comparison):
 
 def made_up(**accuracies):
     """Results with these test accuracies by method, one a seed."""
-    common = dict.fromkeys(("saving", "saving_with_encoder", "cycles"), 1.0)
+    common = dict.fromkeys(("saving_by_gates", "saving", "saving_with_encoder", "cycles"), 1.0)
     rows = [
         {
             "method": name,

@@ -172,7 +172,7 @@ def test_a_stage_compiles_its_step_once_though_budgets_anneal(make_context, capl
     model = stp_jax.quantize(model, make_policy(context.config, model))
     stp_jax.calibrate(model, [b["input"] for b in context.calibration_batches()])
     targets = dict.fromkeys(stp_jax.budgets(model), 4)
-    stage = FLOAT._replace(name="guided", epochs=few_steps(context, 12), guide_to=targets)
+    stage = train.Training("guided", few_steps(context, 12), 0.05, guide_to=targets)
     with jax.log_compiles(), caplog.at_level("WARNING"):
         train.train_stage(context, model, stage)
     lines = (context.workdir / "metrics.jsonl").read_text().splitlines()

@@ -18,7 +18,11 @@ def results(**changes):
         "top1_percent": top1,
         "validation_top1_percent": None,
         "terms_per_weight": {"budgeted_layers": 0.5},
-        "accelerator": {"group_pe": {"cycles": 1234, "energy_uj": {"array": 0.25}}},
+        "by_gates": {"technology": "45 nm by gates", "saving": 1.5, "saving_with_encoder": 1.25},
+        "accelerator": {
+            "technology": "45 nm",
+            "group_pe": {"cycles": 1234, "energy_uj": {"array": 0.25}},
+        },
         "computational_energy_saving": 2.5,
         "computational_energy_saving_with_encoder": 2.25,
         "config": {"seed": 0, "retrain_lr": 0.01},
@@ -40,6 +44,7 @@ def test_a_run_is_printed_again(folder, capsys):
     assert main([folder("a", results())]) == 0
     out = capsys.readouterr().out
     assert "test retrained, %" in out and "88.50" in out and "2.50×" in out
+    assert "1.50× (1.25×)" in out
     assert "validation" not in out and "configurations" not in out
 
 

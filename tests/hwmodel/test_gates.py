@@ -94,7 +94,6 @@ def test_the_edge_serialises_every_group_that_is_read():
     "array",
     [
         hwmodel.Array(rows=4, cols=4, pe=hwmodel.GroupPE(group_size=16)),
-        hwmodel.Array(rows=4, cols=4, pe=hwmodel.GroupPE(group_size=8, lanes=4)),
         hwmodel.Array(rows=4, cols=4, dataflow="ws", pe=hwmodel.GroupPE(group_size=8)),
         hwmodel.Array(rows=4, cols=4, pe=hwmodel.TermMac(group_size=8)),
         hwmodel.Array(rows=4, cols=4, pe=hwmodel.Stripes()),
@@ -148,3 +147,23 @@ def test_terms_are_sorted_into_the_events_exactly():
         "group_further_empty_slot": np.where(held == 0, 3, np.maximum(3 - held, 0)),
     }.items():
         assert _count(event, **given) == pytest.approx(5 * expected.sum(), abs=1e-3), event
+
+
+def test_pes_of_several_lanes_are_priced_by_passes():
+    lanes = 4
+    entries = dict.fromkeys(gates.lane_event_names(lanes), 1e-12)
+    array = hwmodel.Array(rows=4, cols=4, pe=hwmodel.GroupPE(group_size=8, lanes=lanes))
+    groups, read = 64 // 8 * 16 * 5, 64 // 8 * 16 * 2
+
+    def count(event, component="array"):
+        technology = _technology(**{**entries, event: 1.0})
+        report = hwmodel.evaluate(NETWORK, array, budgets=6, technology=technology)
+        return report.energy_pj[component].item()
+
+    assert count("pass_4") == pytest.approx(2 * groups)
+    assert count("pass_4_term") == pytest.approx(6 * groups)
+    assert count("pass_4_live_term") == pytest.approx(0.6 * 6 * groups)
+    assert count("edge_4_group", "encoder") == pytest.approx(read)
+    assert count("edge_4_further_pass", "encoder") == pytest.approx(read)
+    with pytest.raises(ValueError, match="pass_4"):
+        hwmodel.evaluate(NETWORK, array, budgets=6, technology=_technology())

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stp_jax.terms import WeightFormat, count, project, project_compensated, project_second_order
+from stp_jax.terms import (
+    WeightFormat,
+    count,
+    max_scale,
+    project,
+    project_compensated,
+    project_second_order,
+    search_output_scale,
+)
 
 SMALL = WeightFormat(group_size=2, bits=4)
 
@@ -95,6 +103,21 @@ def test_no_output_is_worse_than_by_the_diagonal_and_no_sweep_raises_an_error(bu
             last = ours
     assert np.sum(ours) < 0.7 * np.sum(errors(w, scale, plain, gram))
     assert np.sum(ours) < np.sum(last)
+
+
+@pytest.mark.parametrize("budget", [2, 4])
+def test_the_searched_scale_is_the_best_of_those_tried(budget):
+    fmt = WeightFormat(group_size=4)
+    w, gram = problem(1, groups=4, outputs=6)
+    found = search_output_scale(w, gram, budget, fmt=fmt, candidates=5, lowest=1.0, highest=2.0)
+    peak = np.asarray(max_scale(w, axes=(0, 1)))[0, 0]
+
+    def error(scale):
+        v = project_compensated(w, jnp.asarray(scale), gram, budget, fmt=fmt)
+        return errors(w, scale, v, gram)
+
+    tried = [error(peak * np.float32(ratio)) for ratio in np.geomspace(1, 2, 5)]
+    np.testing.assert_allclose(error(found), np.min(tried, axis=0), rtol=1e-3)
 
 
 def test_padding_stays_empty_and_budgets_are_traced():
