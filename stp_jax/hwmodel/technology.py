@@ -219,6 +219,7 @@ _GATES_130NM = {
 _GATES_AREA_130NM = {
     "bit_parallel_pe": 6954.0,
     "group_pe_8": 5994.0,
+    "row_edge_8": 5994.0,
 }
 _MEMORY = (*_SRAM_BYTES, "dram_64b")
 _SUPPLY_45NM = 0.9
