@@ -117,11 +117,12 @@ def make_optimizer(
     lr: float,
     steps: int,
     guidance: optax.GradientTransformation | None = None,
+    learned_scales: bool = False,
     budgets: bool = False,
 ) -> Any:
     """SGD with Nesterov momentum, or AdamW; warm-up and cosine; guidance last.
 
-    Relaxed budgets, where there are some, move by Adam.
+    Learned scales take relative steps with AdamW; relaxed budgets move by Adam.
     """
     warm = max(1, round(config.warmup * steps))
     schedule = optax.warmup_cosine_decay_schedule(0.0, lr, warm, max(steps, warm + 1))
@@ -133,6 +134,8 @@ def make_optimizer(
 
     if config.optimizer == "adamw":
         descent = optax.adamw(schedule, weight_decay=config.weight_decay, mask=kernels)
+        if learned_scales:
+            descent = optax.chain(descent, stp_jax.relative_scale_steps())
     else:
         descent = optax.chain(
             optax.add_decayed_weights(config.weight_decay, mask=kernels),
@@ -300,6 +303,7 @@ def train_stage(
         lr=stage.lr,
         steps=steps,
         guidance=_guidance(c, model, stage, steps),
+        learned_scales=not stage.in_float,
         budgets=stage.price is not None,
     )
     state = TrainState(params, rest, tx.init(params))

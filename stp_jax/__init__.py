@@ -37,6 +37,7 @@ from stp_jax.quant.policy import Rule as Rule
 from stp_jax.quant.policy import UnmatchedRuleError as UnmatchedRuleError
 from stp_jax.quant.quantize import quantize as quantize
 from stp_jax.quant.reconstruction import reconstruct as reconstruct
+from stp_jax.quant.scale_steps import relative_scale_steps as relative_scale_steps
 from stp_jax.quant.sensitivity import error_curves as error_curves
 from stp_jax.quant.sensitivity import group_counts as group_counts
 from stp_jax.quant.sensitivity import measured_importance as measured_importance
