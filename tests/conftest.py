@@ -5,6 +5,9 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
+# Most of the time of a test is compilation; the main job of `.ci/run` compiles as users do.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+
 # Tests count compilations, and leave nothing in the user's cache.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
