@@ -22,7 +22,7 @@ def relative_scale_steps() -> optax.GradientTransformation:
     SGD, whose steps follow the gradient, it is not needed.
 
     Learned scales are told by their names, of NNX parameters and of Linen's collection
-    ``stp_params`` alike; all other updates pass unchanged. Stateless, and it costs a product a scale.
+    ``stp_params`` alike; all other updates pass unchanged. It keeps no state.
 
     Raises:
       ValueError: ``update`` without params, or params that hold no learned scale.
