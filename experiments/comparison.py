@@ -43,6 +43,7 @@ class Method:
     kind: Literal["baseline", "ours", "rival", "part"]  # a part: ours with one thing changed
     shares: Mapping[str, float] = dataclasses.field(default_factory=dict)  # stage → of the steps
     trained: bool = True
+    priced: bool = True  # whether the group PE's energy and cycles are the method's own
     stage: str = "retrained"  # whose accuracy counts
     reference: str | None = None  # of a part: the method without the change
 
@@ -209,15 +210,18 @@ def _row(labels: Mapping[str, Any], method: Method, results: Mapping[str, Any]) 
     def at(split: str, stage: str) -> float | None:
         return (results[split] or {}).get(stage)
 
+    costs = {
+        "saving_by_gates": (results["by_gates"] or {}).get("saving"),
+        "saving": results["computational_energy_saving"],
+        "saving_with_encoder": results["computational_energy_saving_with_encoder"],
+        "cycles": results["accelerator"]["group_pe"]["cycles"],
+    }
     return {
         **{"terms": None, **labels},
         "validation": at("validation_top1_percent", method.stage),
         "test": at("top1_percent", method.stage),
         "terms_held": results["terms_per_weight"]["budgeted_layers"],
-        "saving_by_gates": (results["by_gates"] or {}).get("saving"),
-        "saving": results["computational_energy_saving"],
-        "saving_with_encoder": results["computational_energy_saving_with_encoder"],
-        "cycles": results["accelerator"]["group_pe"]["cycles"],
+        **(costs if method.priced else dict.fromkeys(costs)),
         "terms_by_layer": results["terms_per_weight"]["by_layer"],
     }
 

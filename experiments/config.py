@@ -91,6 +91,7 @@ class Config:
     budget: int | None = None  # terms per group, the same in every layer; None allocates
     budgets: str | None = None  # JSON file {layer: terms per group, or a list by filter}, by hand
     int8_layers: str | None = None  # paths that keep all terms; None is the model's own choice
+    weight_bits: int = 8  # of the layers with budgets
     activation_bits: int = 8
     guidance: float = 0.05  # fraction of the way to few-term values per step, at its peak
     budget_lr: float = 0.05  # terms per group that a trained budget moves in a step, at most about
@@ -133,7 +134,7 @@ class Config:
     @property
     def max_budget(self) -> int:
         """Terms at which a group loses nothing."""
-        return max_budget(self.group_size, self.encoding, 8)
+        return max_budget(self.group_size, self.encoding, self.weight_bits)
 
 
 def _check(c: Config) -> None:
@@ -170,12 +171,13 @@ def _check(c: Config) -> None:
         need(0 <= getattr(c, key) < 1, key, "in [0, 1)")
     for key, value in vars(c).items():
         need(not isinstance(value, float) or math.isfinite(value), key, "a finite number")
-    need(2 <= c.activation_bits <= 8, "activation_bits", "from 2 to 8")
+    for key in ("weight_bits", "activation_bits"):
+        need(2 <= getattr(c, key) <= 8, key, "from 2 to 8")
     most = c.max_budget
     need(
         c.budget is None or 0 <= c.budget <= most,
         "budget",
-        f"from 0 to {most} (groups of {c.group_size} {c.encoding} values of 8 bits)",
+        f"from 0 to {most} (groups of {c.group_size} {c.encoding} values of {c.weight_bits} bits)",
     )
     need(
         1 / c.group_size <= c.terms_per_weight <= most / c.group_size,

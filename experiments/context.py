@@ -204,6 +204,7 @@ def make_policy(config: Config, model: nnx.Module) -> stp_jax.Policy:
         group_size=config.group_size,
         encoding=config.encoding,
         method=config.method,
+        weight_bits=config.weight_bits,
         activation_bits=config.activation_bits,
         exempt=config.int8_layers,
     )

@@ -45,24 +45,31 @@ class ModelCost:
 def group_pe(model: Any, *, packed: bool = False) -> hw.GroupPE:
     """The group PE that cuts weights into the groups in which a model was trained.
 
+    It is wide enough for the widest weights among the layers.
+
     Args:
       model: an STP model; a Linen one with its variables.
       packed: whether terms are stored in place of integers; see `hwmodel.GroupPE`.
 
     Raises:
-      ValueError: the model has no budgets, or layers with different groups, encodings or widths.
+      ValueError: the model has no budgets, or layers with different groups or encodings.
     """
-    rules = {q.path: q.rule for q in quantized_layers(model).values() if q.rule.budget is not None}
-    formats = {(rule.group_size, rule.encoding, rule.bits): path for path, rule in rules.items()}
+    rules = {q.path: q.rule for q in quantized_layers(model).values()}
+    formats = {
+        (rule.group_size, rule.encoding): path
+        for path, rule in rules.items()
+        if rule.budget is not None
+    }
     if not formats:
         raise ValueError("no layer of the model has a budget; give its rule one")
     if len(formats) > 1:
         described = "; ".join(
-            f"groups of {size} {encoding} values of {bits} bits (layer {path!r})"
-            for (size, encoding, bits), path in formats.items()
+            f"groups of {size} {encoding} values (layer {path!r})"
+            for (size, encoding), path in formats.items()
         )
         raise ValueError(f"one array runs one kind of group, the model has {described}")
-    ((group_size, encoding, bits),) = formats
+    ((group_size, encoding),) = formats
+    bits = max(rule.bits for rule in rules.values())
     # `quantize` groups along the input channels of one window position.
     return hw.GroupPE(
         group_size=group_size, encoding=encoding, bits=bits, grouping="channels", packed=packed

@@ -32,6 +32,14 @@ METHODS: dict[str, Method] = {
         stage="float_retrained",
     ),
     "int8": Method(title="int8", kind="baseline", settings="budget=32"),
+    # Every weight in 4 bits with a learned scale (LSQ; Esser et al., ICLR 2020), for an array of
+    # its own: what bit-parallel int4 costs is not modelled.
+    "int4": Method(
+        title="int4, learned scales",
+        kind="rival",
+        settings="weight_bits=4 budget=16",
+        priced=False,
+    ),
     # Term revealing (Kung et al., SC20): greedy, HESE, one budget; as published and retrained.
     "tr-ptq": Method(
         title="term revealing, not retrained",

@@ -32,6 +32,7 @@ def default_policy(
     group_size: int = 8,
     encoding: Encoding = "naf",
     method: Method = "optimal",
+    weight_bits: int = 8,
     activation_bits: int = 8,
     exempt: str | None = None,
 ) -> Policy:
@@ -44,6 +45,7 @@ def default_policy(
       group_size: weights that share a budget.
       encoding: how terms are counted.
       method: how groups are projected.
+      weight_bits: width of the integer weights of the layers that get a budget.
       activation_bits: width of the integer activations, whose scales are learned.
       exempt: regular expression of the layers that keep every term, in place of the model's own.
 
@@ -62,9 +64,10 @@ def default_policy(
     [('layers\\\\.2', None), ('.*', 6)]
     """
 
-    def rule(path: str, budget: int | None) -> Rule:
+    def rule(path: str, budget: int | None, bits: int) -> Rule:
         return Rule(
             path=path,
+            bits=bits,
             budget=budget,
             group_size=group_size,
             encoding=encoding,
@@ -73,5 +76,5 @@ def default_policy(
         )
 
     pattern = _exempt_pattern(model) if exempt is None else exempt
-    exempted = [rule(pattern, None)] if pattern else []
-    return Policy([*exempted, rule(".*", budget)])
+    exempted = [rule(pattern, None, 8)] if pattern else []
+    return Policy([*exempted, rule(".*", budget, weight_bits)])
