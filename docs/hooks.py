@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import html
 import importlib
+import importlib.util
 import inspect
 import math
 import re
@@ -155,6 +156,24 @@ def models() -> str:
     return table(("`model=`", "what"), ((f"`{n}`", first_line(f)) for n, f in MODELS.items()))
 
 
+# --- Diagrams -------------------------------------------------------------------------------------
+
+
+def _beside(name: str) -> Any:
+    """The module of this name in the folder of this file, which is no package."""
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def diagram(name: str) -> str:
+    """A figure that is drawn from the code."""
+    return _beside("diagrams").DIAGRAMS[name]()
+
+
 # --- API ------------------------------------------------------------------------------------------
 
 
@@ -199,6 +218,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "bookkeeping": bookkeeping,
     "experiments": experiments,
     "models": models,
+    "diagram": diagram,
     "api": api,
 }
 
