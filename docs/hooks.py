@@ -7,6 +7,7 @@ function of this name in `GENERATORS` returns, so that no table differs from wha
 from __future__ import annotations
 
 import ast
+import functools
 import html
 import importlib
 import importlib.util
@@ -235,6 +236,19 @@ def generate(markdown: str) -> str:
         return GENERATORS[name](*arguments)
 
     return _MARK.sub(replace, markdown)
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Called by MkDocs with the site's files: adds the data of the design explorer."""
+    from mkdocs.structure.files import File
+
+    files.append(File.generated(config, "javascripts/designs.js", content=_designs()))
+    return files
+
+
+@functools.cache  # `mkdocs serve` builds the site again at every change of a page
+def _designs() -> str:
+    return _beside("explorer").script()
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
