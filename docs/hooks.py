@@ -7,8 +7,10 @@ function of this name in `GENERATORS` returns, so that no table differs from wha
 from __future__ import annotations
 
 import ast
+import functools
 import html
 import importlib
+import importlib.util
 import inspect
 import math
 import re
@@ -155,6 +157,24 @@ def models() -> str:
     return table(("`model=`", "what"), ((f"`{n}`", first_line(f)) for n, f in MODELS.items()))
 
 
+# --- Diagrams -------------------------------------------------------------------------------------
+
+
+def _beside(name: str) -> Any:
+    """The module of this name in the folder of this file, which is no package."""
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def diagram(name: str) -> str:
+    """A figure that is drawn from the code."""
+    return _beside("diagrams").DIAGRAMS[name]()
+
+
 # --- API ------------------------------------------------------------------------------------------
 
 
@@ -199,6 +219,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "bookkeeping": bookkeeping,
     "experiments": experiments,
     "models": models,
+    "diagram": diagram,
     "api": api,
 }
 
@@ -215,6 +236,19 @@ def generate(markdown: str) -> str:
         return GENERATORS[name](*arguments)
 
     return _MARK.sub(replace, markdown)
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Called by MkDocs with the site's files: adds the data of the design explorer."""
+    from mkdocs.structure.files import File
+
+    files.append(File.generated(config, "javascripts/designs.js", content=_designs()))
+    return files
+
+
+@functools.cache  # `mkdocs serve` builds the site again at every change of a page
+def _designs() -> str:
+    return _beside("explorer").script()
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

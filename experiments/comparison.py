@@ -69,14 +69,14 @@ class ComparisonConfig:
     settings: str = ""  # changes of the base's configuration, as "data=folder data_dir=…"
     start_epochs: float = 1.0  # float training of the shared start
     batch_size: int = 64  # of the members' steps
-    test: bool = True  # read the test examples; false while methods are chosen
+    test: bool = True  # read the test examples; false while choosing
 
     # Run it again with other values to add members.
     methods: tuple[str, ...] = ()  # by name; all by default
     points: tuple[float, ...] = (1.0, 0.5, 0.375, 0.25)  # terms per weight
     steps: tuple[int, ...] = (300,)  # of every member, from the start
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    jobs: int = 1  # members that run at a time, each in a process of its own
+    jobs: int = 1  # members at a time, each in a process of its own
 
     BOOKKEEPING: ClassVar = ("methods", "points", "steps", "seeds", "jobs")
 

@@ -46,67 +46,73 @@ class Config:
     data_dir: str | None = None  # where the folder or TFDS's prepared data lie
     on_corrupt: Literal["error", "skip"] = "error"  # unreadable images in a folder
     validation: float = 0.1  # fraction held out of training, by class; choices are made on it
-    augment: str = "none"  # of training images
+    augment: str = "none"  # augmentation of training images
     image_size: int | None = None  # side in pixels; None keeps the data set's
-    window: int = 64  # characters that a language model reads at once
+    window: int = 64  # context of a language model, in characters
 
     # Model.
-    model: str = "resnet18"
+    model: str = "resnet18"  # a network's name, as docs/experiments.md lists them
     stem: Literal["imagenet", "small"] | None = None  # of networks that have one
     width: int | None = None  # channels of the first stage; None is the published width
-    # What else the model is built with, as --set model_options.depth=4; none of them by default.
+    # Other arguments of the model's constructor, as --set model_options.depth=4.
     model_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dtype: Literal["float32", "bfloat16"] = "float32"  # to compute in; parameters stay float32
     init_from: str | None = None  # PyTorch weights, or another run's float.safetensors
 
-    # Training. Epochs may be fractions; 0 leaves a stage's training out.
+    # Training.
     seed: int = 0
-    stages: tuple[str, ...] = STAGE_NAMES  # what a run does, in this order (`experiments.stages`)
+    stages: tuple[str, ...] = STAGE_NAMES  # of the run, in this order (`experiments.stages`)
     optimizer: Literal["sgd", "adamw"] = "sgd"
     batch_size: int = 128
     eval_batch_size: int = 256
+
+    # Schedule. Epochs may be fractions; 0 leaves a stage's training out.
     float_epochs: float = 10.0
     guided_epochs: float = 2.0
-    budgeted_epochs: float = 0.0  # in which budgets are trained too, with energy in the loss
+    budgeted_epochs: float = 0.0  # of training weights and budgets, with energy in the loss
     retrain_epochs: float = 6.0
     float_lr: float = 0.1  # peak; each stage warms up linearly and falls as a cosine
     guided_lr: float = 0.01
     retrain_lr: float = 0.02
     warmup: float = 0.1  # fraction of a stage
+
+    # Regularization and distillation.
     momentum: float = 0.9  # Nesterov; of sgd only
     weight_decay: float = 5e-4  # on kernels only
     label_smoothing: float = 0.0
     distill: float = 0.5  # weight of the float model's soft labels in the retraining loss
     temperature: float = 4.0  # of the soft labels
 
-    # Terms.
-    group_size: int = 8
-    encoding: Encoding = "naf"
-    method: Method = "optimal"
+    # Budgets.
     terms_per_weight: float = 0.75  # mean over the layers with budgets, when they are allocated
-    allocate_for: Resource = "balanced"  # what the mean is of (`stp_jax.term_costs`)
-    budgets_by: Literal["layer", "filter"] = "filter"  # what gets an allocated budget of its own
-    # Weights of errors: divergence of the outputs by layer, or squared gradients by weight.
+    allocate_for: Resource = "balanced"  # the resource that is distributed (`stp_jax.term_costs`)
+    budgets_by: Literal["layer", "filter"] = "filter"  # one allocated budget per layer or filter
+    # weights of errors: divergence of the outputs by layer, or squared gradients by weight
     error_weighting: Literal["outputs", "gradients", "none"] = "none"
     budget: int | None = None  # terms per group, the same in every layer; None allocates
     budgets: str | None = None  # JSON file {layer: terms per group, or a list by filter}, by hand
     int8_layers: str | None = None  # paths that keep all terms; None is the model's own choice
+    budget_lr: float = 0.05  # of trained budgets: about the largest change in a step, in terms
+    energy_weight: float = 100.0  # of trained budgets: of the squared relative excess of energy
+
+    # Projection.
+    group_size: int = 8  # weights that share a budget
+    encoding: Encoding = "naf"
+    method: Method = "optimal"
     weight_bits: int = 8  # of the layers with budgets
     activation_bits: int = 8
     guidance: float = 0.05  # fraction of the way to few-term values per step, at its peak
-    budget_lr: float = 0.05  # terms per group that a trained budget moves in a step, at most about
-    energy_weight: float = 100.0  # in the loss: of the square of the energy's relative excess
-    compensate: bool = False  # let weights make up for each other's errors in the projection
+    compensate: bool = False  # error-compensated (GPTQ-style) projection
     bn_batches: int = 30  # to re-estimate BatchNorm statistics after each stage
-    calibration_batches: int = 4
+    calibration_batches: int = 4  # for the scales of the layers' inputs
 
-    # Whether the retrained model is evaluated in integers as well.
-    check_integers: bool = True
-    test: bool = True  # read the test examples, once, when all stages are done
+    # Evaluation.
+    check_integers: bool = True  # evaluate the retrained model in integers as well
+    test: bool = True  # read the test examples, once, after the last stage
     measured: tuple[str, ...] = ()  # stages whose accuracy is measured; none named: all
 
     # Accelerator.
-    rows: int = 32
+    rows: int = 32  # of the array's PEs
     cols: int = 32
 
     # Devices: a batch is split over all of them.

@@ -155,12 +155,10 @@ def _print(console: Console, results: dict[str, Any], ours: hwmodel.Report) -> N
     terms = results["terms_per_weight"]
     console.print(f"\n{results['dataset']}; {results['device']}", highlight=False)
     console.print(ours.table(), highlight=False, soft_wrap=True)
+    accuracies = pd.DataFrame(_accuracies(results)).T.rename_axis(columns="top-1, %")
     console.print(
-        "".join(
-            f"\n{split} top-1 " + ", ".join(f"{stage} {v:.2f} %" for stage, v in top1.items())
-            for split, top1 in _accuracies(results).items()
-        )
-        + f"\nterms per weight {terms['budgeted_layers']:.3f} over the layers with budgets, "
+        f"\n{accuracies.to_string(float_format='{:.2f}'.format, line_width=80)}"
+        f"\n\nterms per weight: {terms['budgeted_layers']:.3f} over the layers with budgets, "
         f"{terms['all_layers']:.3f} over all"
         + "\nkB: "
         + ", ".join(f"{form} {size / 1e3:.1f}" for form, size in results["bytes"].items())
@@ -170,6 +168,7 @@ def _print(console: Console, results: dict[str, Any], ours: hwmodel.Report) -> N
             for basis, (saving, with_encoder) in _savings(results).items()
         ),
         highlight=False,
+        soft_wrap=True,
     )
 
 

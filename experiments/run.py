@@ -8,63 +8,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import sys
-import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from experiments import configs
-from experiments.config import (
-    Config,
-    ConfigError,
-    choices,
-    config_sections,
-    override,
-)
+from experiments import command_help, configs
+from experiments.config import Config, ConfigError, override
 
 
-def _describe_keys(exp: str | None) -> str:
-    """The keys that ``--set`` takes for an experiment, a line each, under their headings."""
-    known = exp in configs.names()
-    config = configs.load(str(exp)).CONFIG if known else Config()
-    whose = exp if known else "training runs (add --exp=NAME for those of NAME)"
-    lines, hints = [f"keys of {whose}:"], typing.get_type_hints(type(config), include_extras=True)
-    for heading, keys in config_sections(type(config)).items():
-        lines += ["", f"  {heading}"] if heading else [""]
-        for key in keys:
-            value = getattr(config, key.name)
-            text = f"    {key.name}={'none' if value is None else value}"
-            said = [" | ".join(map(str, choices(hints[key.name]))), key.remark]
-            lines.append(f"{text:34}  {'; '.join(filter(None, said))}".rstrip())
-    return "\n".join(lines)
-
-
-def parser(exp: str | None = None) -> argparse.ArgumentParser:
-    """The command line; its help describes the keys of the experiment."""
-    result = argparse.ArgumentParser(
-        prog="python -m experiments.run",
-        description="Train a network of few power-of-two terms and report its accuracy and cost.",
-        epilog=_describe_keys(exp),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    result.add_argument(
-        "--exp", default="list", metavar="NAME", help="the experiment; 'list' shows those there are"
-    )
-    result.add_argument(
-        "--workdir", type=Path, metavar="DIR", help="where everything goes (default: runs/NAME)"
-    )
-    result.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change the configuration; may be repeated",
-    )
-    sweep = result.add_argument_group("sweeps (docs/scaling.md)")
-    sweep.add_argument(
+def _sweep_options() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)
+    group = result.add_argument_group("sweeps (docs/scaling.md)")
+    group.add_argument(
         "--sweep",
         nargs="+",
         action="extend",
@@ -72,23 +31,88 @@ def parser(exp: str | None = None) -> argparse.ArgumentParser:
         metavar="KEY=V1,V2",
         help="run every combination of these settings, or a JSON file's; results in one table",
     )
-    sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="members at a time")
-    sweep.add_argument(
+    group.add_argument("--jobs", type=int, default=1, metavar="N", help="members at a time")
+    group.add_argument(
         "--slurm",
         nargs="*",
         metavar="KEY=VALUE",
         help="run members as Slurm jobs, with submitit's parameters, as timeout_min=600",
     )
-    several = result.add_argument_group("several processes (docs/scaling.md)")
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="where the first one listens")
-    several.add_argument("--num-processes", type=int, metavar="N")
-    several.add_argument("--process-id", type=int, metavar="I", help="0 to N-1; 0 writes results")
-    several.add_argument(
+    return result
+
+
+def _process_options() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)
+    group = result.add_argument_group("several processes (docs/scaling.md)")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of the first process")
+    group.add_argument("--num-processes", type=int, metavar="N", help="processes in all")
+    group.add_argument("--process-id", type=int, metavar="I", help="0 to N-1; 0 writes results")
+    group.add_argument(
         "--distributed",
         action="store_true",
-        help="take the three from the cluster, as on a TPU pod; srun and mpirun need no flag",
+        help="take these three from the cluster, as on a TPU pod; srun and mpirun need no flag",
     )
     return result
+
+
+class _Help(argparse.Action):
+    """Prints the help, or a section of it, and exits."""
+
+    def __init__(self, *, show: Callable[[str | None], str], **kwargs: Any):
+        super().__init__(nargs="?", **kwargs)
+        self._show = show
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        try:
+            print(self._show(values).rstrip())
+        except KeyError as error:
+            parser.error(error.args[0])
+        parser.exit()
+
+
+def parser(exp: str | None = None) -> argparse.ArgumentParser:
+    """The command line; its help describes the keys of the experiment."""
+    sections = {"sweeps": _sweep_options(), "processes": _process_options()}
+    usual = argparse.ArgumentParser(
+        prog="python -m experiments.run",
+        usage="%(prog)s --exp=NAME [OPTION ...]",
+        description="Train a network of few power-of-two terms and report its accuracy and cost.",
+        epilog=command_help.overview(exp, sections),
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=36
+        ),
+        add_help=False,
+    )
+    usual.add_argument(
+        "--exp", default="list", metavar="NAME", help="the experiment; 'list' shows all"
+    )
+    usual.add_argument(
+        "--workdir", type=Path, metavar="DIR", help="where results go (default: runs/NAME)"
+    )
+    usual.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change the configuration; may be repeated",
+    )
+    usual.add_argument(
+        "-h",
+        "--help",
+        action=_Help,
+        metavar="SECTION",
+        help="this help, or a section of it",
+        show=lambda name: (
+            command_help.section(name, exp, sections) if name else usual.format_help()
+        ),
+    )
+    return argparse.ArgumentParser(
+        prog=usual.prog,
+        usage=usual.usage,
+        parents=[usual, *sections.values()],
+        add_help=False,
+    )
 
 
 def _sweep(options: argparse.Namespace, base: Any, console: Console) -> int:

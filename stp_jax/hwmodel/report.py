@@ -115,26 +115,36 @@ class Report:
         return pd.DataFrame(columns, index=pd.Index(self.network.names, name="layer"))
 
     def table(self) -> str:
-        """The main columns as text, by layer and in total; energies in µJ."""
-        frame = self.to_pandas()
+        """The main figures as text: work and cycles, then energies in µJ, by layer and in total.
+
+        Long names of layers lose their beginning, so that the text fits 80 columns.
+        """
+        frame = self.to_pandas().rename_axis(None)
         shown = frame[["K", "P", "M"]].astype(object)
         if "budget" in frame:
-            shown["k"] = frame["budget"]
+            shown["k"] = frame["budget"].map("{:.4g}".format)
             shown["terms/MAC"] = (frame["terms"] / frame["macs"]).map("{:.2f}".format)
         shown["cycles"] = frame["cycles"]
         shown["util %"] = (100 * frame["utilization"]).map("{:.1f}".format)
-        energies = {f"{name} µJ": frame[f"{name}_pj"] * 1e-6 for name in self.energy_pj}
-        for name, energy in energies.items():
-            shown[name] = energy.map("{:.3f}".format)
         total: dict[str, object] = dict.fromkeys(shown.columns, "")
-        total |= {name: f"{energy.sum():.3f}" for name, energy in energies.items()}
         busy = (frame["utilization"] * frame["cycles"]).sum() / frame["cycles"].sum()
         total |= {"cycles": frame["cycles"].sum(), "util %": f"{100 * busy:.1f}"}
         if "budget" in frame:
             total["terms/MAC"] = f"{self.terms_per_mac:.2f}"
         shown = shown.astype(object)  # the total row holds blanks
         shown.loc["total"] = total
-        return shown.to_string()
+        energies = frame[[f"{name}_pj" for name in self.energy_pj]] * 1e-6
+        energies.columns = pd.Index([f"{name} µJ" for name in self.energy_pj])
+        energies.loc["total"] = energies.sum()
+        return f"{_fitting(shown)}\n\n{_fitting(energies.map('{:.3f}'.format))}"
+
+
+def _fitting(frame: pd.DataFrame) -> str:
+    """The table as text of 80 columns, if shortened names of rows can do that."""
+    others = len(frame.to_string().partition("\n")[0]) - max(map(len, frame.index))
+    room = max(8, 80 - others)
+    short = [name if len(name) <= room else f"…{name[1 - room :]}" for name in frame.index]
+    return frame.set_axis(short).to_string()
 
 
 def computational_saving(

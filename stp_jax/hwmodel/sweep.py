@@ -57,7 +57,8 @@ def sweep(
       devices: over which designs are sharded; all by default.
 
     Returns:
-      ``cycles``, ``utilization`` and ``energy_pj`` by component in ``array_pj`` etc., each (N,).
+      ``cycles``, ``utilization``, ``dram_bytes`` and ``energy_pj`` by component in ``array_pj``
+      etc., each (N,).
 
     Raises:
       ValueError: an unknown field, different lengths, values that are not positive, budgets above
@@ -84,7 +85,9 @@ def sweep(
     placed = {
         name: jax.tree.map(functools.partial(place, name), value) for name, value in values.items()
     }
-    totals = _evaluator(network, dataflow, tuple(sorted(values)))(placed, pe, technology)
+    # Numbers of the PE are constants of the program: energies by gates hold for some of them only.
+    pe = jax.tree.map(lambda x: np.asarray(x).item(), pe)
+    totals = _evaluator(network, dataflow, tuple(sorted(values)), pe)(placed, technology)
     return {name: np.asarray(total)[:count] for name, total in totals.items()}
 
 
@@ -140,18 +143,20 @@ def _fields(
 
 
 @functools.lru_cache(maxsize=32)
-def _evaluator(network: Network, dataflow: Dataflow, names: tuple[str, ...]) -> Callable:
-    def one(design: dict[str, jax.Array], pe: PE, technology: Technology) -> dict[str, Real]:
+def _evaluator(network: Network, dataflow: Dataflow, names: tuple[str, ...], pe: PE) -> Callable:
+    def one(design: dict[str, jax.Array], technology: Technology) -> dict[str, Real]:
         sizes = {"rows": 32, "cols": 32} | {n: design[n] for n in ARRAY_FIELDS if n in design}
+        varied = pe
         if isinstance(pe, GroupPE) and "group_size" in design:
-            pe = dataclasses.replace(pe, group_size=design["group_size"])
-        array = Array(dataflow=dataflow, pe=pe, **sizes)
+            varied = dataclasses.replace(pe, group_size=design["group_size"])
+        array = Array(dataflow=dataflow, pe=varied, **sizes)
         report = evaluate(network, array, budgets=design.get("budgets"), technology=technology)
         busy = jnp.sum(report.utilization * report.cycles)
         return {
             "cycles": report.total_cycles,
             "utilization": busy / report.total_cycles,
+            "dram_bytes": jnp.sum(report.dram_bytes),
             **{f"{name}_pj": energy.sum() for name, energy in report.energy_pj.items()},
         }
 
-    return jax.jit(jax.vmap(one, in_axes=(0, None, None)))
+    return jax.jit(jax.vmap(one, in_axes=(0, None)))

@@ -1,5 +1,6 @@
 """The command line and a whole small run: results, resumption after a kill, and refusals."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -13,8 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import configs
-from experiments.config import override
+from experiments import command_help, configs
+from experiments.config import Config, override
 from experiments.run import main
 from experiments.runtime import checkpoints, processes
 from experiments.runtime.manifest import find_damage
@@ -314,15 +315,42 @@ def test_wrong_budgets_by_hand_fail_before_any_work(text, message, tmp_path, cap
     assert message in capsys.readouterr().err and not workdir.exists()
 
 
+def shown_help(capsys, *arguments):
+    with pytest.raises(SystemExit) as end:
+        main([*arguments])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
 def test_help_describes_the_keys_of_the_experiment(capsys):
-    with pytest.raises(SystemExit):
-        main(["--exp=stp_mlp", "--help"])
-    shown = capsys.readouterr().out
+    assert "retrain_epochs=6.0" in shown_help(capsys, "--help")
+    shown = shown_help(capsys, "--exp=stp_mlp", "--help", "regularization")
     assert "distill=0.5" in shown and "weight of the float model's soft labels" in shown
-    with pytest.raises(SystemExit):
-        main(["--help", "--exp=hw_compare"])
-    shown = capsys.readouterr().out
+    shown = shown_help(capsys, "--help", "--exp=hw_compare")
     assert "image_size=224" in shown and "distill" not in shown
+
+
+def test_help_shows_every_key_in_sections_that_fit_a_screen(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [*command_help.key_sections(Config), "sweeps", "processes"]
+    overview = shown_help(capsys, "--help")
+    assert all(name in overview.rpartition("by section")[2] for name in names)
+    screens = [shown_help(capsys, "--help", name) for name in names]
+    for field in dataclasses.fields(Config):
+        assert sum(f"\n  {field.name}=" in screen for screen in screens) == 1, field.name
+    assert "--slurm" in screens[-2] and "--coordinator" in screens[-1]
+    for name in configs.names():
+        screens.append(shown_help(capsys, f"--exp={name}", "--help"))
+    for screen in [overview, *screens]:
+        assert len(screen.splitlines()) < 24  # and the prompt
+        assert max(map(len, screen.splitlines())) <= 80, screen
+
+
+def test_an_unknown_section_of_the_help_is_an_error_that_lists_them(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help", "budget"])
+    assert end.value.code == 2
+    assert "no section 'budget' of the help; there are data, model" in capsys.readouterr().err
 
 
 def test_hw_compare_sets_all_processing_elements_side_by_side(tmp_path):

@@ -17,6 +17,19 @@ def test_report_exports_every_layer_and_the_total():
     assert report.table().splitlines()[-1].startswith("total")
 
 
+def test_the_table_fits_a_terminal():
+    name = "encoder.blocks.11.attention.projection"
+    network = hwmodel.Network((hwmodel.dense(name, 4096, 16384, rows=2048), *SMALL.layers))
+    array = hwmodel.Array(rows=8, cols=12, pe=hwmodel.GroupPE(group_size=8))
+    report = hwmodel.evaluate(network, array, budgets=8)
+    lines = report.table().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum("projection " in line and line.startswith("…") for line in lines) == 2
+    assert sum(line.startswith("total") for line in lines) == 2
+    energies = [float(x) for x in lines[-1].split()[1:]]
+    assert energies == pytest.approx([1e-6 * e.sum() for e in report.energy_pj.values()], abs=1e-3)
+
+
 def test_savings_compare_one_network_only():
     array = hwmodel.Array(rows=8, cols=12)
     other = hwmodel.Network(SMALL.layers[:2])

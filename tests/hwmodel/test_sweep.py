@@ -45,6 +45,18 @@ def test_sweeps_of_a_subclass_keep_its_other_numbers():
         np.testing.assert_allclose(swept["cycles"][i], report.total_cycles, rtol=1e-6)
 
 
+def test_sweeps_by_gates_take_the_pe_that_was_measured():
+    technology = hwmodel.NANGATE_45NM_GATES
+    swept = hwmodel.sweep(NETWORK, {"rows": [16, 32], "budgets": [4, 8]}, technology=technology)
+    for i, (rows, k) in enumerate(((16, 4), (32, 8))):
+        array = hwmodel.Array(rows=rows, cols=32, pe=hwmodel.GroupPE(group_size=8))
+        report = hwmodel.evaluate(NETWORK, array, budgets=k, technology=technology)
+        for name in ("array", "encoder"):
+            expected = report.energy_pj[name].sum()
+            np.testing.assert_allclose(swept[f"{name}_pj"][i], expected, rtol=1e-5)
+        np.testing.assert_allclose(swept["dram_bytes"][i], report.dram_bytes.sum(), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
