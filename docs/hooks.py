@@ -12,6 +12,7 @@ import html
 import importlib
 import importlib.util
 import inspect
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -211,6 +212,23 @@ def equations(content: str) -> str:
     return _EQUATION.sub(mathml, content)
 
 
+def perplexities() -> str:
+    """The rows that `benchmarks/lm_perplexity.py` stored."""
+    stored = json.loads((Path(__file__).parent / "results" / "lm_perplexity.json").read_text())
+    rows = (
+        (
+            name,
+            f"{row['bits_per_weight']:.2f}",
+            "" if row["terms_per_weight"] is None else f"{row['terms_per_weight']:.2f}",
+            f"{row['perplexity']:.3f}",
+            f"{row['divergence']:.4f} ({row['low']:.4f} to {row['high']:.4f})",
+        )
+        for name, row in stored["rows"].items()
+    )
+    header = ("weights", "bits a weight", "terms a weight", "perplexity", "divergence from float")
+    return table(header, rows)
+
+
 GENERATORS: dict[str, Callable[..., str]] = {
     "encodings": encodings,
     "technology": technology,
@@ -220,6 +238,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "experiments": experiments,
     "models": models,
     "diagram": diagram,
+    "perplexities": perplexities,
     "api": api,
 }
 
