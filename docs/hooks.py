@@ -179,11 +179,14 @@ def diagram(name: str) -> str:
 
 
 def public_names(package: str) -> dict[str, str]:
-    """Name → where it is defined, for everything that a package's ``__init__`` offers."""
+    """Name → where it is defined, for everything that a package's ``__init__`` offers.
+
+    Packages below it have pages of their own.
+    """
     source = Path(inspect.getfile(importlib.import_module(package))).read_text()
     found = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.ImportFrom):
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module != package:
             for alias in node.names:
                 found[alias.asname or alias.name] = f"{node.module}.{alias.name}"
     return found
