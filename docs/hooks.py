@@ -14,11 +14,13 @@ import importlib.util
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from stp_jax.export.card import table
 
 _EQUATION = re.compile(
     r'<(?:span|div) class="arithmatex">\\(?P<kind>[(\[])(?P<tex>.*?)\\[)\]]</(?:span|div)>',
@@ -29,12 +31,6 @@ _MARK = re.compile(r"^<!-- generate: (.+?) -->$", re.MULTILINE)
 # Of the Gaussian weights in the encodings' table: the largest of a few thousand weights lies near
 # four standard deviations, and a scale without clipping brings it to 127.
 SIGMA = 127 / 4
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 # --- Encodings ------------------------------------------------------------------------------------
