@@ -15,11 +15,13 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from stp_jax.export.card import table
 
 _EQUATION = re.compile(
     r'<(?:span|div) class="arithmatex">\\(?P<kind>[(\[])(?P<tex>.*?)\\[)\]]</(?:span|div)>',
@@ -30,12 +32,6 @@ _MARK = re.compile(r"^<!-- generate: (.+?) -->$", re.MULTILINE)
 # Of the Gaussian weights in the encodings' table: the largest of a few thousand weights lies near
 # four standard deviations, and a scale without clipping brings it to 127.
 SIGMA = 127 / 4
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 # --- Encodings ------------------------------------------------------------------------------------
@@ -180,11 +176,14 @@ def diagram(name: str) -> str:
 
 
 def public_names(package: str) -> dict[str, str]:
-    """Name → where it is defined, for everything that a package's ``__init__`` offers."""
+    """Name → where it is defined, for everything that a package's ``__init__`` offers.
+
+    Packages below it have pages of their own.
+    """
     source = Path(inspect.getfile(importlib.import_module(package))).read_text()
     found = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.ImportFrom):
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module != package:
             for alias in node.names:
                 found[alias.asname or alias.name] = f"{node.module}.{alias.name}"
     return found

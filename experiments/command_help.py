@@ -40,7 +40,7 @@ def _value(value: Any) -> str:
 
 
 def _lines(config: Any, keys: list[Key]) -> str:
-    """Keys with their values, and behind them what they may be and what they are."""
+    """Keys with their values, the values that they admit, and their descriptions."""
     hints = typing.get_type_hints(type(config), include_extras=True)
     settings = {key: f"  {key.name}={_value(getattr(config, key.name))}" for key in keys}
     fitting = [len(text) + 2 for text in settings.values() if len(text) <= _COLUMN + 4]
@@ -63,7 +63,7 @@ def _config(exp: str | None) -> Any:
 
 
 def overview(exp: str | None, others: Mapping[str, argparse.ArgumentParser]) -> str:
-    """What stands below the options: the usual keys and the names of the sections.
+    """The help below the options: the usual keys and the names of the sections.
 
     An experiment that is no training run has few keys, which are shown at once.
     """

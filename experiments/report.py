@@ -29,6 +29,7 @@ from experiments.context import Context
 from experiments.runtime.log import write_json
 from experiments.stages import Outcome, plain
 from stp_jax import export, hwmodel
+from stp_jax.export.card import table
 from stp_jax.hwmodel.technology import MissingEntryError
 
 _PACKAGES = ("stp-jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain")
@@ -129,6 +130,7 @@ def write_results(context: Context, outcome: Outcome, name: str) -> dict[str, An
         | {"python": platform.python_version()},
     }
     export.save_packed(outcome.model, context.workdir / "model.safetensors")
+    (context.workdir / "model_card.md").write_text(_card(outcome.model, results))
     write_json(context.workdir / "results.json", results)
     _plot(context.workdir / "plots", results)
     _print(context.console, results, cost.report)
@@ -149,6 +151,35 @@ def _accuracies(results: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Top-1 by stage of each split that was evaluated, in percent."""
     found = {"validation": "validation_top1_percent", "test": "top1_percent"}
     return {split: results[key] for split, key in found.items() if results[key]}
+
+
+def _card(model: Any, results: dict[str, Any]) -> str:
+    """The card of the retrained model: its data, accuracy, cost and limits."""
+    accuracies, examples = _accuracies(results), results["examples"]
+    stages = list(next(iter(accuracies.values()), {}))
+    top1 = table(
+        ("top-1, %", *stages),
+        (
+            [f"{split} ({examples[split]})", *(f"{top1[s]:.2f}" for s in stages)]
+            for split, top1 in accuracies.items()
+        ),
+    )
+    savings = table(
+        ("energies", "saving", "with encoders"),
+        ([basis, *(f"{x:.2f}×" for x in pair)] for basis, pair in _savings(results).items()),
+    )
+    return export.model_card(
+        model,
+        name=f"{results['model']}, {results['experiment']}",
+        sections={
+            "Data": f"{results['dataset']}.",
+            "Accuracy": f"By stage of the run, with the number of examples.\n\n{top1}",
+            "Accelerator": "Array energy of int8 multiply-accumulate PEs over that of group PEs, "
+            f"{results['accelerator']['array']}.\n\n{savings}",
+            "Limits": "Accuracy holds for data like those above. The license of the data and of "
+            "weights that training started from applies.",
+        },
+    )
 
 
 def _print(console: Console, results: dict[str, Any], ours: hwmodel.Report) -> None:

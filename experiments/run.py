@@ -64,9 +64,11 @@ class _Help(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
         try:
-            print(self._show(values).rstrip())
+            shown = self._show(values)
         except KeyError as error:
             parser.error(error.args[0])
+        with contextlib.suppress(BrokenPipeError):  # `--help | head`
+            print(shown.rstrip(), flush=True)
         parser.exit()
 
 

@@ -290,7 +290,7 @@ def squared_gradients(context: Context, model: nnx.Module) -> dict[str, jax.Arra
     return sharding.gather(stp_jax.squared_gradients(model, loss, context.calibration_batches()))
 
 
-# --- What is known from before --------------------------------------------------------------------
+# --- Stored values --------------------------------------------------------------------------------
 
 
 class Record:

@@ -1,7 +1,6 @@
 """Training and evaluation of a model: a plain loop over a jit-compiled step, with checkpoints.
 
-What is trained one after the other in a run, and what happens in between, stands in
-`experiments.stages`.
+`experiments.stages` has the order of the trainings of a run, and the steps between them.
 """
 
 from __future__ import annotations

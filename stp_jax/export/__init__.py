@@ -1,5 +1,6 @@
 """STP models for other programs: packed checkpoints, ONNX, memory images for the RTL test bench."""
 
+from stp_jax.export.card import model_card as model_card
 from stp_jax.export.onnx import export_onnx as export_onnx
 from stp_jax.export.packed import PackedSizes as PackedSizes
 from stp_jax.export.packed import Size as Size

@@ -38,11 +38,11 @@ class LayerBudgets:
         return bool((self.counts == 1).all())
 
     def spread(self, x: Vector) -> Vector:
-        """What holds for a layer, for each of its entries."""
+        """A value of each layer, repeated for each of its entries."""
         return x[self.owners]
 
     def share(self, x: Vector) -> Vector:
-        """What a layer's filters take together, as the equal shares of its entries."""
+        """A total of each layer's filters, in equal shares for its entries."""
         return self.spread(x / as_real(self.counts, namespace_of(x)))
 
     def total(self, x: Vector) -> Vector:

@@ -131,7 +131,7 @@ def _arrays(content: Any, storages: Mapping[str, np.ndarray]) -> Any:
 
 
 def read_torch(path: Path) -> Any:
-    """What a .pt, .pth or .bin file of plain tensors holds, tensors as NumPy arrays.
+    """The content of a .pt, .pth or .bin file of plain tensors, which become NumPy arrays.
 
     Raises:
       ValueError: the file is damaged, or holds anything but tensors, numbers, text, lists and

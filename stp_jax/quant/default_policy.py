@@ -1,8 +1,8 @@
 """The default policy of a model: group budgets for all layers but those that it exempts.
 
 A model names the layers that are to keep every term of int8 in its attribute ``exempt_layers``,
-regular expressions of their paths. What is common to all: biases, normalisation and products of two
-activations (attention) hold no weights to prune and stay float.
+regular expressions of their paths. In every model, biases, normalisation and products of two
+activations (attention) stay float, since they hold no weights to prune.
 """
 
 from __future__ import annotations

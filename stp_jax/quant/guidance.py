@@ -37,8 +37,8 @@ def guidance(
 
     Args:
       model: the STP model whose parameters are optimized: `nnx.Param`, or of a Linen model with its
-        variables the collection ``params``. What is no parameter, as searched scales, is taken as
-        it is now.
+        variables the collection ``params``. Other values, such as searched scales, are constants
+        from now on.
       strength: the fraction of the distance per step, in [0, 1], or a schedule of it.
       budgets: terms per group of the targets by layer path, or a schedule of them (see
         `stp_jax.terms.budget_schedule`); the model's own by default.

@@ -3,7 +3,7 @@
 `stp_jax.hooks.intercept` reaches each call of a layer, wherever the user's code built it. The
 module and its parameters stay what they were.
 
-What the quantizers store stands in two collections of its own, laid out as the parameters are:
+The quantizers' state has two collections of its own, laid out as the parameters are:
 ``stp`` (budgets, and scales that are not trained) and ``stp_params`` (learned scales and relaxed
 budgets). Each leaf has the axes of its kernel, with 1 where values are shared: a budget by layer
 has a single value, one by filter a value per output channel. While the module

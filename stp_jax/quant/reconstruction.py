@@ -175,7 +175,7 @@ class _Search:
 
 
 class _Fit(NamedTuple):
-    """What a layer is to become."""
+    """The new kernel, scale and bias of a layer."""
 
     kernel: jax.Array
     scale: jax.Array  # broadcastable to the kernel
@@ -258,10 +258,10 @@ class _Problem(NamedTuple):
 
 
 def _problem(rows: _Rows, seen: _Seen, has_bias: bool, w: np.ndarray, damping: float) -> _Problem:
-    """What a layer of weights ``[G, K', M]`` is to be projected from, and under what.
+    """The projection problem of a layer of weights ``[G, K', M]``: its target and Gram matrix.
 
-    The damping of the correction is the one that does best on examples that it was not found from,
-    since few examples of many inputs would otherwise have it follow their noise.
+    The damping of the correction is chosen on other examples than those that it is fitted to,
+    since with few examples of many inputs it would otherwise fit their noise.
     """
 
     def padded(moments: Moments) -> tuple[np.ndarray, np.ndarray]:

@@ -1,10 +1,10 @@
 """Error-compensated projection, GPTQ-style.
 
-What counts is a layer's output, not its weights. With inputs X, the squared error of the output is
-E'HE for the error E of the weights and H = X'X. Groups are projected one after the other, and
-every group's error moves the weights of the groups that follow to where they cancel it best; that
-is the optimal brain surgeon's update (Hassibi & Stork, NIPS 1992), with one Cholesky factor for all
-steps as in GPTQ (Frantar et al., ICLR 2023), here for whole groups and their term budget.
+It minimises the error of a layer's outputs instead of its weights. With inputs X, that squared
+error is E'HE for the error E of the weights and H = X'X. Groups are projected one after the other,
+and after each one the weights of the following groups change so that they cancel its error best.
+This is the optimal brain surgeon's update (Hassibi & Stork, NIPS 1992), with one Cholesky factor
+for all steps as in GPTQ (Frantar et al., ICLR 2023), here for whole groups and their term budget.
 """
 
 from __future__ import annotations

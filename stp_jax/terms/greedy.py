@@ -1,7 +1,7 @@
 """Greedy projection: term revealing (Kung, McDanel and Zhang, "Term Quantization", SC20).
 
 A group's values are rounded and encoded, and its ``budget`` largest terms stay: by exponent, then
-by index. What is cut off is truncated, where the nearest value of few terms is often above.
+by index. So values are truncated, although the nearest value of few terms is often larger.
 """
 
 from __future__ import annotations

@@ -108,8 +108,10 @@ def test_every_public_name_has_a_reference_entry(hooks, package):
     module = importlib.import_module(package)
     public = {
         name
-        for name, value in vars(module).items()
-        if not name.startswith("_") and not inspect.ismodule(value) and name != "annotations"
+        for name in dir(module)
+        if not name.startswith("_")
+        and not inspect.ismodule(getattr(module, name))
+        and name != "annotations"
     }
     assert set(hooks.public_names(package)) == public
 

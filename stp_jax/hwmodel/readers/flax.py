@@ -1,7 +1,7 @@
 """Networks of Flax models, by tracing them without running them.
 
-What is executed, and how often, is read off the model's jaxpr; what a layer is called and which
-operand holds its weights, off hooks on the model's layers, which leave marks in the jaxpr.
+The model's jaxpr tells which products are executed, and how often. Hooks on the model's layers
+leave marks in the jaxpr, which tell a layer's name and the operand that holds its weights.
 """
 
 from __future__ import annotations

@@ -184,12 +184,12 @@ def _pass_words(
 
 
 def _zero_point(job: Job, lanes: int) -> int:
-    """What an array of several lanes adds to the job's activations."""
+    """The offset that an array of several lanes adds to the job's activations."""
     return 128 if lanes > 1 and job.activations.min() < 0 else 0
 
 
 def _biases(job: Job, lanes: int) -> npt.NDArray[np.int64]:
-    """What the filters' sums [M] start from: the negative of what offset form adds to them."""
+    """Initial values of the filters' sums [M], which cancel the additions of offset form."""
     weights = job.weights.astype(np.int64)
     if lanes == 1:
         return np.zeros(len(weights), np.int64)
