@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stp_jax.export.card import table as markdown_table
+
 DOCS = Path(__file__).parents[1] / "docs"
 EXPERIMENT = "stp_efficientnet_lite0_imagenet"
 DATA = DOCS / "results" / f"{EXPERIMENT}.json"
@@ -28,11 +30,6 @@ PUBLISHED = {
     "ResNet-18": (69.76, {2.0: 69.59, 1.5: 69.50, 1.25: 69.00, 1.0: 67.92}),
     "MobileNetV2": (71.88, {3.0: 71.40, 2.0: 70.83}),
 }
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _difference(found: Mapping[str, Any]) -> str:
@@ -55,7 +52,7 @@ def _by_point(results: Mapping[str, Any], images: str, against: str) -> str:
         [way, *(_difference(found[way, t][images][against]) for t in points)]
         for way in _ways(results)
     ]
-    return _table(["points, by terms per weight", *(f"{t:g}" for t in points)], rows)
+    return markdown_table(["points, by terms per weight", *(f"{t:g}" for t in points)], rows)
 
 
 def _losses(results: Mapping[str, Any]) -> str:
@@ -72,7 +69,7 @@ def _losses(results: Mapping[str, Any]) -> str:
             rival = min(lost[name, t] for name in rivals)
             cells.append("–" if rival <= 0 else f"{max(lost[way, t], 0) / rival:.2f}")
         rows.append([way, *cells])
-    return _table(["share of the loss", *(f"{t:g}" for t in _points(results))], rows)
+    return markdown_table(["share of the loss", *(f"{t:g}" for t in _points(results))], rows)
 
 
 def _layers(results: Mapping[str, Any]) -> str:
@@ -80,7 +77,7 @@ def _layers(results: Mapping[str, Any]) -> str:
     points = [t for t in _points(results) if found.get(t)]
     paths = found[points[0]] if points else {}
     rows = [[path, *(f"{100 * found[t][path]:.2f}" for t in points)] for path in paths]
-    return _table(["layer", *(f"{t:g}" for t in points)], rows)
+    return markdown_table(["layer", *(f"{t:g}" for t in points)], rows)
 
 
 def _published() -> str:
@@ -88,7 +85,7 @@ def _published() -> str:
     for network, (whole, top1) in PUBLISHED.items():
         cells = ", ".join(f"{value - whole:+.2f} at {t:g}" for t, value in top1.items())
         rows.append([network, f"{whole:.2f}", cells])
-    return _table(["network", "float, %", "points, at terms per weight"], rows)
+    return markdown_table(["network", "float, %", "points, at terms per weight"], rows)
 
 
 def page(results: Mapping[str, Any]) -> str:
@@ -128,7 +125,7 @@ def page(results: Mapping[str, Any]) -> str:
         _published(),
         "(Kung, McDanel and Zhang, SC20; another network and other images, so a mark and not a "
         "comparison.)",
-        "## Where it is lost",
+        "## Loss by layer",
         "Squared error of each layer's outputs over their variance in the float model, in percent, "
         f"on the calibration images, by terms per weight (`{FITTED}`). Inputs are those of the "
         "projected model, so what earlier layers lost is part of it.",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import matplotlib.figure
 import pandas as pd
 
 from experiments.comparison import summary
+from stp_jax.export.card import table as markdown_table
 
 DOCS = Path(__file__).parents[1] / "docs"
 DATA = DOCS / "results" / "compare_methods.json"
@@ -46,11 +47,6 @@ def _between(mean: float, half: float, form: str = ".2f") -> str:
     return _number(mean, form) + ("" if pd.isna(half) else f" ± {half:.2f}")
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _methods(results: Mapping[str, Any], table: pd.DataFrame) -> str:
     rows = []
     for row in table.sort_values("terms", ascending=False, kind="stable").to_dict("records"):
@@ -76,7 +72,7 @@ def _methods(results: Mapping[str, Any], table: pd.DataFrame) -> str:
         "by the table",
         "cycles",
     ]
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _parts(results: Mapping[str, Any], table: pd.DataFrame) -> list[str]:
@@ -94,10 +90,10 @@ def _parts(results: Mapping[str, Any], table: pd.DataFrame) -> list[str]:
         return []
     header = ["terms per weight", "changed", "points, paired by seed", "seeds", "beyond noise"]
     return [
-        "## What each part is worth",
+        "## Worth of each part",
         "One thing is changed in the method named first in the tables above; the interval is that "
         "of the paired differences. *Beyond noise*: it excludes zero.",
-        _table(header, rows),
+        markdown_table(header, rows),
     ]
 
 
@@ -118,7 +114,7 @@ def _by_steps(results: Mapping[str, Any], table: pd.DataFrame) -> list[str]:
     return [
         "## Longer training",
         "Validation top-1, %, after as many steps as the column says:",
-        _table(["terms per weight", "method", *(f"{n:,}" for n in numbers)], rows),
+        markdown_table(["terms per weight", "method", *(f"{n:,}" for n in numbers)], rows),
     ]
 
 
@@ -142,7 +138,7 @@ def _layers(results: Mapping[str, Any]) -> list[str]:
         "## Terms by layer",
         f"Terms per weight that the layers hold with {results['methods'][name]['title']}, seed "
         f"{seed}, by what the budgets allow in all:",
-        _table(["layer", *(f"{row['terms']:g}" for row in rows)], held),
+        markdown_table(["layer", *(f"{row['terms']:g}" for row in rows)], held),
     ]
 
 
@@ -154,10 +150,10 @@ def _projections(study: Mapping[str, Any]) -> list[str]:
     reference = study["reference"]
     return [
         "## Before any retraining",
-        f"What each way of projecting {study['model']} leaves of float's "
-        f"{reference['float']:.2f} % and int8's {reference['int8']:.2f} % ({study['split']} top-1, "
-        f"%, by terms per weight, the same in every layer) on {study['dataset']}:",
-        _table(["projection", *points], rows),
+        f"{study['split'].capitalize()} top-1 in percent after each way of projecting "
+        f"{study['model']}, by terms per weight, the same in every layer, on {study['dataset']}. "
+        f"Float has {reference['float']:.2f} %, int8 {reference['int8']:.2f} %.",
+        markdown_table(["projection", *points], rows),
     ]
 
 
