@@ -4,6 +4,7 @@ import dataclasses
 import html
 import importlib
 import inspect
+import json
 import pkgutil
 import re
 from pathlib import Path
@@ -127,3 +128,25 @@ def test_the_work_folder_holds_what_the_page_says(tmp_path):
         status = main(["--exp=stp_mlp", f"--workdir={workdir}", "--set", *small, *short])
     assert status == 0
     assert sorted(names) == sorted(path.name for path in workdir.iterdir())
+
+
+def test_the_language_model_page_says_what_was_measured(hooks):
+    rows = json.loads((DOCS / "results" / "lm_perplexity.json").read_text())["rows"]
+    shown = hooks.perplexities()
+    assert all(f"| {name} |" in shown for name in rows)
+    left = {name: row["divergence"] for name, row in rows.items()}
+    ours, int4, gptq = left["1 reconstructed"], left["int4, reconstructed"], left["Qwix GPTQ int4"]
+    shares = [
+        left[f"{t:g} reconstructed"] / left[f"{t:g} term revealing"]
+        for t in (2.0, 1.5, 1.0, 0.75, 0.5)
+    ]
+    page = (DOCS / "language_models.md").read_text()
+    for said in (
+        f"diverge less than int4 by GPTQ ({ours:.3f} and {gptq:.3f})",
+        f"less than both ({int4:.3f})",
+        f"{min(shares):.2f} to {max(shares):.2f} of term revealing",
+        f"{rows['1 reconstructed']['bits_per_weight']:.2f} bits a weight",
+    ):
+        assert said in page
+    assert f"weights {int4 / gptq:.2f} of that by GPTQ" in page
+    assert left["0.5 reconstructed"] > 10 * gptq
