@@ -26,7 +26,12 @@ from stp_jax import hooks
 from stp_jax.export.variables import LISTED, check_fit, listing, read, variables, write
 from stp_jax.hooks import LinenModel, keys_of, model_name, unboxed
 from stp_jax.quant.calibration import integer_weights
-from stp_jax.quant.layers import QuantizedLayer, quantized_layers, without_quantizers
+from stp_jax.quant.layers import (
+    QuantizedLayer,
+    quantized_layers,
+    spread_scale,
+    without_quantizers,
+)
 from stp_jax.quant.linen import LEARNED, STATE, BoundModel, quantize_linen
 from stp_jax.quant.nnx import kernel_paths, quantize_nnx
 from stp_jax.quant.policy import Policy, Rule
@@ -35,7 +40,8 @@ from stp_jax.terms import PackedTerms, pack, unpack
 from stp_jax.terms.packing import slot_format
 
 FORMAT = "stp_jax.packed_terms"
-VERSION = 2  # of files with budgets by filter; others are written as version 1, and both are read
+VERSION = 3  # the latest that is read; a file is written as the first that has what it needs:
+_BY_FILTER, _BY_GROUP = 2, 3  # budgets by filter, scales by group; all others are version 1
 Model = TypeVar("Model", bound=nnx.Module)
 _BUDGET = ".promote_dtype.budget"
 
@@ -86,7 +92,7 @@ def _layer_tensors(
     """The tensors of one quantized layer and its entry in the metadata."""
     name = _kernel_name(path, quantized)
     rule, budgets = quantized.rule, np.asarray(quantized.flat_budget)
-    tensors = {f"{name}.scale": quantized.scale}
+    tensors = {f"{name}.scale": quantized.shared_scale}
     entry: dict[str, Any] = {
         "kernel": name,
         "shape": integers.shape,
@@ -107,6 +113,10 @@ def _layer_tensors(
         # The largest weight that set the scale is gone: from now on the scale is a stored one.
         rule = dataclasses.replace(rule, weight_scale="search")
     entry["rule"] = {k: v for k, v in dataclasses.asdict(rule).items() if k != "path"}
+    if rule.scale_group is None:
+        del entry["rule"]["scale_group"]  # unknown before version 3
+    else:
+        entry["scale_axis"] = quantized.format.axes.groups[0]
     return tensors, entry
 
 
@@ -166,7 +176,8 @@ def save_packed(model: Any, path: str | Path) -> None:
         of_layer, entries[layer_path] = _layer_tensors(layer_path, quantized, integers[layer_path])
         tensors |= of_layer
     by_filter = any(isinstance(entry["budget"], list) for entry in entries.values())
-    version = VERSION if by_filter else 1
+    by_group = any("scale_axis" in entry for entry in entries.values())
+    version = _BY_GROUP if by_group else _BY_FILTER if by_filter else 1
     header = {"version": version, "model": model_name(model), "layers": entries}
     write(Path(path), tensors, {FORMAT: json.dumps(header)})
 
@@ -205,7 +216,9 @@ def _stream_budget(entry: Mapping[str, Any]) -> int | np.ndarray:
 def _stored_budget(entry: Mapping[str, Any], scale: jax.Array) -> jax.Array:
     """The budget as a model stores it; by filter in the shape of the scale."""
     budget = jnp.asarray(entry["budget"], jnp.int32)
-    return budget.reshape(scale.shape) if budget.ndim else budget
+    axis = entry.get("scale_axis")
+    shape = tuple(1 if a == axis else n for a, n in enumerate(scale.shape))
+    return budget.reshape(shape) if budget.ndim else budget
 
 
 def _integers(name: str, entry: Mapping[str, Any], tensors: dict[str, jax.Array]) -> np.ndarray:
@@ -228,7 +241,10 @@ def _integers(name: str, entry: Mapping[str, Any], tensors: dict[str, jax.Array]
 def _kernel(name: str, entry: Mapping[str, Any], tensors: dict[str, jax.Array]) -> jax.Array:
     """The kernel, float32: its integers times its scale."""
     integers = _integers(name, entry, tensors)
-    return jnp.asarray(integers, jnp.float32) * tensors[f"{name}.scale"]
+    axes = tuple(entry[key] for key in ("scale_axis",) if key in entry)
+    size = entry["rule"].get("scale_group")
+    scale = spread_scale(tensors[f"{name}.scale"], integers.shape, axes, size)
+    return jnp.asarray(integers, jnp.float32) * scale
 
 
 def _values(entries: Mapping[str, Any], tensors: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -411,7 +427,7 @@ def packed_sizes(model: Any) -> PackedSizes:
     for path, quantized in quantized_layers(model).items():
         rule, kernel = quantized.rule, quantized.kernel
         budgets = np.asarray(quantized.flat_budget).reshape(-1)
-        scales = quantized.scale.nbytes + 4 * rule.stores_input_scale
+        scales = quantized.shared_scale.nbytes + 4 * rule.stores_input_scale
         integers = kernel.size * _integer_type(rule).itemsize
         slots = groups[path] // len(budgets) * int(_slot_bits(rule, budgets).sum())
         stream = -(-slots // 8) if _is_stream(rule, budgets) else integers

@@ -12,6 +12,9 @@ from stp_jax.hwmodel.compare import compare as compare
 from stp_jax.hwmodel.compare import match as match
 from stp_jax.hwmodel.compare import peak_macs as peak_macs
 from stp_jax.hwmodel.compare import sensitivity as sensitivity
+from stp_jax.hwmodel.decoding import Decoder as Decoder
+from stp_jax.hwmodel.decoding import TokenCost as TokenCost
+from stp_jax.hwmodel.decoding import token_cost as token_cost
 from stp_jax.hwmodel.encoders import EdgeEncoders as EdgeEncoders
 from stp_jax.hwmodel.encoders import array_area_um2 as array_area_um2
 from stp_jax.hwmodel.encoders import edge_encoders as edge_encoders

@@ -25,7 +25,7 @@ from stp_jax.quant.calibration import (
     search_weight_scales,
     sum_over_batches,
 )
-from stp_jax.quant.layers import quantized_layers
+from stp_jax.quant.layers import check_scale_by_filter, quantized_layers
 from stp_jax.terms.compensation import project_compensated
 from stp_jax.terms.groups import GroupLayout
 
@@ -101,12 +101,13 @@ def compensate(
       that are neither dense nor a convolution without channel groups are left out and unchanged.
 
     Raises:
-      ValueError: there is no batch, no layer takes part, or one runs inside a scan or vmap, where
-        its inputs cannot be seen.
+      ValueError: there is no batch, no layer takes part, a layer has scales by group, or one runs
+        inside a scan or vmap, where its inputs cannot be seen.
       TypeError: batches is an array.
     """
     check_batches(batches)
     layers = quantized_layers(model)
+    check_scale_by_filter(layers, "compensate")
     paths = [path for path, quantized in layers.items() if _takes_part(quantized.layer)]
     if not paths:
         raise ValueError("no quantized layer is dense or a convolution without channel groups")

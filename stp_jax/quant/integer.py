@@ -17,7 +17,12 @@ from flax import nnx
 
 from stp_jax import hooks
 from stp_jax.hooks import Hooks, KernelLayer
-from stp_jax.quant.layers import QuantizedLayer, quantized_layers, without_quantizers
+from stp_jax.quant.layers import (
+    QuantizedLayer,
+    check_scale_by_filter,
+    quantized_layers,
+    without_quantizers,
+)
 from stp_jax.quant.policy import Rule
 from stp_jax.terms.activations import activation_integers
 from stp_jax.terms.encodings import digit_planes, num_digits
@@ -100,11 +105,13 @@ def integer_model(model: Model, *, arithmetic: Arithmetic = "multiply") -> Model
       model's up to float rounding outside the integer sums.
 
     Raises:
-      ValueError: a layer is of another kind, or its input has no calibrated integer scale.
+      ValueError: a layer is of another kind or has scales by group, or its input has no calibrated
+        integer scale.
     """
     if arithmetic not in ("multiply", "shift_add"):
         raise ValueError(f"arithmetic must be multiply or shift_add, got {arithmetic!r}")
     layers = quantized_layers(model)
+    check_scale_by_filter(layers, "integer_model")
     for layer in layers.values():
         _check(layer)
     float_model = without_quantizers(model)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from stp_jax.hooks import KernelLayer
 from stp_jax.quant.policy import Rule
 from stp_jax.terms.activations import quantize_activations
+from stp_jax.terms.groups import GroupLayout
 from stp_jax.terms.quantizers import (
     max_scale,
     project_scaled,
@@ -126,16 +127,48 @@ def _kernel_axes(layer: KernelLayer, shape: tuple[int, ...]) -> KernelAxes:
     return dense_axes(tuple(range(first, first + layer.contracting_axes)))
 
 
+def spread_scale(
+    scale: jax.Array, shape: tuple[int, ...], groups: tuple[int, ...], scale_group: int | None
+) -> jax.Array:
+    """A scale as it is stored, with the runs that share one number written out.
+
+    Args:
+      scale: with the axes of the kernel; by group, the number of runs along the reduction.
+      shape: of the kernel.
+      groups: the axes of its reduction; one, if scales are by group.
+      scale_group: weights of a run; None returns the scale as it is.
+
+    Returns:
+      Broadcastable to the kernel.
+    """
+    if scale_group is None:
+        return scale
+    (axis,) = groups
+    return jnp.repeat(scale, scale_group, axis=axis)[(slice(None),) * axis + (slice(shape[axis]),)]
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerFormat:
     """The quantizers of one layer; all fields are static. Scales and budgets are passed in.
 
     Stored scales may have any sign, since they are trained without constraint: their magnitude
-    counts. A scale of None is the rule's own choice from the tensor ("max", "dynamic").
+    counts. A scale of None is the rule's own choice from the tensor ("max", "dynamic"). A stored
+    scale has the axes of the kernel: 1 where weights share it, and along the reduction the number
+    of runs of ``rule.scale_group`` weights, if scales are by group.
+
+    Raises:
+      ValueError: scales by group for a kernel whose reduction is more than one axis.
     """
 
     rule: Rule
     axes: KernelAxes
+
+    def __post_init__(self) -> None:  # noqa: D105
+        if self.rule.scale_group is not None and len(self.axes.groups) != 1:
+            raise ValueError(
+                f"rule {self.rule.path!r}: scale_group needs kernels that are reduced along one "
+                f"axis, this one has {len(self.axes.groups)}"
+            )
 
     @property
     def first_budget(self) -> int:
@@ -146,25 +179,71 @@ class LayerFormat:
         """The shape of one value per filter (output channel), to broadcast against a kernel."""
         return tuple(1 if a in self.axes.scale else n for a, n in enumerate(shape))
 
+    @property
+    def _runs(self) -> GroupLayout | None:
+        """The weights that share a scale, where scales are by group."""
+        size = self.rule.scale_group
+        return None if size is None else GroupLayout(size, self.axes.groups)
+
+    @property
+    def _cut_axes(self) -> KernelAxes:
+        """The axes of a kernel as `_cut` leaves it, where a run is what shares a scale."""
+        if self._runs is None:
+            return self.axes
+        (axis,) = self.axes.groups
+        shared = tuple(a if a < axis else a + 1 for a in self.axes.scale)
+        return KernelAxes((axis + 1,), shared)
+
+    def _cut(self, x: jax.Array) -> jax.Array:
+        """A kernel, or what has its shape, with the reduction as two axes: runs, and within one."""
+        return x if self._runs is None else self._runs.split(x)
+
+    def _cut_shared(self, x: jax.Array) -> jax.Array:
+        """The same of what a run shares: a stored scale, or budgets by filter."""
+        if self._runs is None or not x.ndim:
+            return x
+        return jnp.expand_dims(x, self.axes.groups[0] + 1)
+
+    def _join(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Undoes `_cut`."""
+        return x if self._runs is None else self._runs.join(x, shape)
+
     def best_scale(
-        self, kernel: jax.Array, budget: jax.Array, importance: jax.Array | None = None
+        self, kernel: jax.Array, budget: jax.typing.ArrayLike, importance: jax.Array | None = None
     ) -> jax.Array:
-        """The scale of least squared error at the budget, float32, broadcastable to the kernel."""
-        return search_scale(
-            kernel,
-            budget,
-            axes=self.axes.groups,
-            scale_axes=self.axes.scale,
+        """The scale of least squared error at the budget, float32, as it is stored."""
+        axes = self._cut_axes
+        if importance is not None:
+            importance = self._cut(jnp.broadcast_to(importance, kernel.shape))
+        scale = search_scale(
+            self._cut(kernel),
+            self._cut_shared(jnp.asarray(budget)),
+            axes=axes.groups,
+            scale_axes=axes.scale,
             fmt=self.rule.format,
             importance=importance,
         )
+        return scale if self._runs is None else jnp.squeeze(scale, axes.groups)
+
+    def _cut_scale(self, kernel: jax.Array, stored: jax.Array | None) -> jax.Array:
+        """The positive scale, to broadcast against a kernel that was cut."""
+        if stored is None:
+            fixed = jax.lax.stop_gradient(self._cut(kernel))
+            return max_scale(fixed, axes=self._cut_axes.scale, bits=self.rule.bits)
+        return jnp.maximum(jnp.abs(self._cut_shared(stored)), _TINY)
 
     def kernel_scale(self, kernel: jax.Array, stored: jax.Array | None) -> jax.Array:
         """The positive scale of the kernel, float32, broadcastable to it."""
-        if stored is None:
-            fixed = jax.lax.stop_gradient(kernel)
-            return max_scale(fixed, axes=self.axes.scale, bits=self.rule.bits)
-        return jnp.maximum(jnp.abs(stored), _TINY)
+        return self.spread_scale(self.shared_scale(kernel, stored), kernel.shape)
+
+    def shared_scale(self, kernel: jax.Array, stored: jax.Array | None) -> jax.Array:
+        """The positive scale as it is stored, each number once."""
+        scale = self._cut_scale(kernel, stored)
+        return scale if self._runs is None else jnp.squeeze(scale, self._cut_axes.groups)
+
+    def spread_scale(self, scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """A scale as it is stored, broadcastable to a kernel of this shape."""
+        return spread_scale(scale, shape, self.axes.groups, self.rule.scale_group)
 
     def quantize_kernel(
         self, kernel: jax.Array, stored: jax.Array | None, budget: jax.typing.ArrayLike
@@ -173,10 +252,13 @@ class LayerFormat:
 
         A budget of floating type is a relaxed one, and differentiable.
         """
-        scale = self.kernel_scale(kernel, stored)
-        relaxed = jnp.issubdtype(jnp.result_type(budget), jnp.floating)
+        budget = self._cut_shared(jnp.asarray(budget))
+        relaxed = jnp.issubdtype(budget.dtype, jnp.floating)
         quantize = quantize_weights_relaxed if relaxed else quantize_weights
-        return quantize(kernel, scale, budget, axes=self.axes.groups, fmt=self.rule.format)
+        scale = self._cut_scale(kernel, stored)
+        axes, cut = self._cut_axes.groups, self._cut(kernel)
+        quantized = quantize(cut, scale, budget, axes=axes, fmt=self.rule.format)
+        return self._join(quantized, kernel.shape)
 
     def integer_kernel(
         self,
@@ -186,14 +268,17 @@ class LayerFormat:
         importance: jax.Array | None = None,
     ) -> jax.Array:
         """The integers of the quantized kernel, int32."""
-        return project_scaled(
-            kernel,
-            self.kernel_scale(kernel, stored),
-            budget,
-            axes=self.axes.groups,
+        if importance is not None:
+            importance = self._cut(jnp.broadcast_to(importance, kernel.shape))
+        integers = project_scaled(
+            self._cut(kernel),
+            self._cut_scale(kernel, stored),
+            self._cut_shared(jnp.asarray(budget)),
+            axes=self._cut_axes.groups,
             fmt=self.rule.format,
             importance=importance,
         )
+        return self._join(integers, kernel.shape)
 
     def project_kernel(
         self,
@@ -292,6 +377,14 @@ class QuantizedLayer(abc.ABC):
     @stored_scale.setter
     @abc.abstractmethod
     def stored_scale(self, value: jax.Array) -> None: ...
+
+    def check_stored_scale(self, value: jax.Array) -> None:
+        """Raises ValueError unless a new scale has the shape of the stored one."""
+        stored = self.stored_scale
+        if stored is not None and stored.shape != value.shape:
+            raise ValueError(
+                f"layer {self.path!r} stores scales of shape {stored.shape}, got {value.shape}"
+            )
 
     @property
     @abc.abstractmethod
@@ -407,6 +500,11 @@ class QuantizedLayer(abc.ABC):
         """The positive scale of the kernel, float32, broadcastable to it."""
         return self.map_stack(self.format.kernel_scale, self.kernel, self.stored_scale)
 
+    @property
+    def shared_scale(self) -> jax.Array:
+        """The positive scale as it is stored, each number once; see `LayerFormat`."""
+        return self.map_stack(self.format.shared_scale, self.kernel, self.stored_scale)
+
     def integers(self, budget: jax.typing.ArrayLike | None = None) -> jax.Array:
         """The integers of the quantized kernel at the present budget or another one, int32."""
         return self._on_kernel(self.format.integer_kernel, self._budget_or(budget))
@@ -461,6 +559,16 @@ def quantized_layers(model: Any) -> dict[str, QuantizedLayer]:
 def without_quantizers(model: Any) -> Any:
     """A copy of an STP model that computes as the float model does, with the same parameters."""
     return find_layers(model)  # which says what a model is
+
+
+def check_scale_by_filter(layers: Mapping[str, QuantizedLayer], what: str) -> None:
+    """Raises ValueError if a layer has scales by group, which ``what`` does not take."""
+    for path, layer in layers.items():
+        if layer.rule.scale_group is not None:
+            raise ValueError(
+                f"layer {path!r} has scales by group (scale_group={layer.rule.scale_group}); "
+                f"{what} takes one scale per output channel"
+            )
 
 
 def check_paths(values: Mapping[str, Any], layers: Mapping[str, QuantizedLayer]) -> None:

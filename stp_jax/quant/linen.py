@@ -461,6 +461,7 @@ class LinenLayer(QuantizedLayer):
 
     @stored_scale.setter
     def stored_scale(self, value: jax.Array) -> None:
+        self.check_stored_scale(value)
         self._set(_collection("weight_scale", self.rule), "weight_scale", value)
 
     @property

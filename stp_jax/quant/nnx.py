@@ -147,6 +147,7 @@ class NNXLayer(QuantizedLayer):
 
     @stored_scale.setter
     def stored_scale(self, value: jax.Array) -> None:
+        self.check_stored_scale(value)
         self.quantizer.weight_scale[...] = value
 
     @property

@@ -39,6 +39,7 @@ class Rule:
     method: Method = "optimal"  # how a group is projected
     bits: int = 8  # width of the integer weights
     weight_scale: WeightScale = "learned"  # per output channel: largest weight, search, LSQ
+    scale_group: int | None = None  # weights along the reduction that share a scale; None: all
     activations: Activations = "learned"  # the layer's input, per tensor; "none" stays float
     activation_bits: int = 8  # width of the integer activations
     activation_terms: int | None = None  # most terms of each, by encoding and method; None: all
@@ -58,12 +59,25 @@ class Rule:
             raise ValueError(
                 f"activation_bits must be an integer, 2 or more and at most {MAX_BITS}, got {bits}"
             )
+        self._check_scale_group()
         check_activation_terms(self.activation_terms)
         if self.activation_terms is not None and self.activations == "none":
             raise ValueError("activation_terms needs integer activations, not activations='none'")
         weights = self.format  # which checks itself
         if self.budget is not None:
             weights.check_budget(self.budget)
+
+    def _check_scale_group(self) -> None:
+        size = self.scale_group
+        if size is None:
+            return
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"scale_group must be a positive integer or None, got {size!r}")
+        if isinstance(self.group_size, int) and self.group_size > 0 and size % self.group_size:
+            raise ValueError(
+                f"scale_group {size} must be a multiple of group_size {self.group_size}, so that "
+                "weights that share a budget share a scale"
+            )
 
     @property
     def format(self) -> WeightFormat:

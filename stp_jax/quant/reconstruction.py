@@ -28,7 +28,7 @@ from stp_jax.hooks import Hooks, KernelLayer
 from stp_jax.quant.bias import find_batch_norms
 from stp_jax.quant.budgets import set_budgets
 from stp_jax.quant.calibration import call_model, check_batches
-from stp_jax.quant.layers import QuantizedLayer, quantized_layers
+from stp_jax.quant.layers import QuantizedLayer, check_scale_by_filter, quantized_layers
 from stp_jax.terms.compensation import check_damping, damped_gram
 from stp_jax.terms.groups import GroupLayout
 from stp_jax.terms.lattice import check_search
@@ -430,6 +430,7 @@ def reconstruct(
     check_sweeps(sweeps)
     layers = quantized_layers(model)
     _check_layers(layers)
+    check_scale_by_filter(layers, "reconstruct")
     search = _Search(damping=damping, beam=beam, neighbours=neighbours, sweeps=sweeps)
     for layer in layers.values():
         if layer.rule.budget is not None:

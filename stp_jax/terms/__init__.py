@@ -31,6 +31,9 @@ from stp_jax.terms.packing import pack as pack
 from stp_jax.terms.packing import packed_dot as packed_dot
 from stp_jax.terms.packing import stream_lower_bound as stream_lower_bound
 from stp_jax.terms.packing import unpack as unpack
+from stp_jax.terms.pallas import WireSlots as WireSlots
+from stp_jax.terms.pallas import packed_matmul as packed_matmul
+from stp_jax.terms.pallas import wire_slots as wire_slots
 from stp_jax.terms.projection import METHODS as METHODS
 from stp_jax.terms.projection import Method as Method
 from stp_jax.terms.projection import error_curve as error_curve

@@ -123,3 +123,103 @@ def test_onnx_graphs_become_networks(tmp_path):
     network = hwmodel.read_onnx(path)
     extents = [(layer.name, layer.K, layer.P, layer.M) for layer in network]
     assert extents == [("conv", 27, 2 * 64, 8), ("fc", 8, 2, 10)]
+
+
+def bottleneck(opset):
+    """A residual block and a head with the attributes and inputs of its opset's operators."""
+    rng = np.random.default_rng(0)
+    node = helper.make_node
+    weights = [
+        onnx.numpy_helper.from_array(rng.normal(0, 1, shape).astype(np.float32), name)
+        for name, shape in {
+            "w1": (8, 3, 3, 3),
+            "w2": (8, 1, 3, 3),
+            "w3": (8, 8, 1, 1),
+            **dict.fromkeys(("scale", "shift", "mean", "var"), (8,)),
+            "fc": (10, 8),
+        }.items()
+    ]
+    axes = onnx.numpy_helper.from_array(np.array([2, 3]), "axes")
+    if opset < 18:  # axes of reductions became an input
+        mean = node("ReduceMean", ["r"], ["p"], axes=[2, 3], keepdims=0)
+    else:
+        mean = node("ReduceMean", ["r", "axes"], ["p"], keepdims=0)
+    nodes = [
+        node("Conv", ["x", "w1"], ["a"], "stem", strides=[2, 2], pads=[1, 1, 1, 1]),
+        node("BatchNormalization", ["a", "scale", "shift", "mean", "var"], ["b"]),
+        node("Clip", ["b"], ["c"]),
+        node("Conv", ["c", "w2"], ["d"], "depthwise", group=8, pads=[1, 1, 1, 1]),
+        node("Conv", ["d", "w3"], ["e"], "point"),
+        node("Add", ["e", "c"], ["s"]),
+        node("Relu", ["s"], ["r"]),
+        mean,
+        node("Gemm", ["p", "fc"], ["y"], "head", transB=1),
+    ]
+    return nodes, [*weights, axes] if opset >= 18 else weights, (2, 3, 16, 16), (2, 10)
+
+
+def attention_block(opset):
+    """Self-attention as exporters write it: MatMul, Reshape, Transpose, Softmax, Split."""
+    rng = np.random.default_rng(0)
+    node, array = helper.make_node, onnx.numpy_helper.from_array
+    constants = [
+        array(rng.normal(0, 1, (16, 48)).astype(np.float32), "qkv_w"),
+        array(rng.normal(0, 1, (16, 16)).astype(np.float32), "out_w"),
+        array(np.array([2, 6, 4, 4]), "heads"),
+        array(np.array([2, 6, 16]), "merged"),
+        array(np.float32(0.5), "half"),
+    ]
+    split: dict = {} if opset < 18 else {"num_outputs": 3}  # required from 18 on
+    nodes = [node("MatMul", ["x", "qkv_w"], ["qkv"], "qkv")]
+    nodes.append(node("Split", ["qkv"], ["q", "k", "v"], axis=2, **split))
+    for name, order in (("q", [0, 2, 1, 3]), ("k", [0, 2, 3, 1]), ("v", [0, 2, 1, 3])):
+        nodes.append(node("Reshape", [name, "heads"], [name + "r"]))
+        nodes.append(node("Transpose", [name + "r"], [name + "t"], perm=order))
+    nodes += [
+        node("MatMul", ["qt", "kt"], ["s"], "scores"),
+        node("Mul", ["s", "half"], ["m"]),
+        node("Softmax", ["m"], ["p"], axis=-1),
+        node("MatMul", ["p", "vt"], ["c"], "context"),
+        node("Transpose", ["c"], ["ct"], perm=[0, 2, 1, 3]),
+        node("Reshape", ["ct", "merged"], ["cm"]),
+        node("MatMul", ["cm", "out_w"], ["y"], "out"),
+    ]
+    return nodes, constants, (2, 6, 16), (2, 6, 16)
+
+
+@pytest.mark.parametrize("opset", range(11, 22))
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (
+            bottleneck,
+            {
+                "stem": ("conv", 27, 128, 8, 1),
+                "depthwise": ("conv", 9, 128, 1, 8),
+                "point": ("conv", 8, 128, 8, 1),
+                "head": ("dense", 8, 2, 10, 1),
+            },
+        ),
+        (
+            attention_block,
+            {
+                "qkv": ("dense", 16, 12, 48, 1),
+                "scores": ("matmul", 4, 6, 6, 8),
+                "context": ("matmul", 6, 6, 4, 8),
+                "out": ("dense", 16, 12, 16, 1),
+            },
+        ),
+    ],
+)
+def test_every_opset_is_read_alike(tmp_path, opset, build, expected):
+    nodes, constants, shape, out = build(opset)
+    values = [helper.make_tensor_value_info("x", FLOAT, shape)]
+    result = [helper.make_tensor_value_info("y", FLOAT, out)]
+    graph = helper.make_graph(nodes, "net", values, result, constants)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=7)
+    onnx.checker.check_model(proto, full_check=True)  # the graph is one of its opset
+    path = tmp_path / "net.onnx"
+    onnx.save(proto, str(path))
+    layers = hwmodel.read_onnx(path)
+    found = {n.name: (n.kind, n.K, n.P, n.M, n.groups) for n in layers}
+    assert found == expected
