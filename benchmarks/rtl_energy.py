@@ -12,11 +12,15 @@ clock is ideal with a slew of 0.04 ns and reaches each PE without a tree, whose 
 counted, while clock pins, clock gates and the clock's wires inside the PE are; inputs come from a
 flip-flop, and their wires and pins are counted here rather than in the PE that drives them. A
 fold's loading is counted, 8 cycles for 64 filters.
+
+``--designs`` measures all designs of `benchmarks/rtl/catalogue.py`. With ``--keep DIR`` netlists
+and results are kept there, and a run that was cut off goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Mapping
@@ -35,10 +39,13 @@ from benchmarks.rtl.bench import (
 from benchmarks.rtl.catalogue import DESIGNS
 from benchmarks.rtl.design import Design
 from benchmarks.rtl.edge import COLUMNS, lanes_of, weight_edge
+from benchmarks.rtl.kept import digest, kept
 from benchmarks.rtl.operands import OperandSet, of_network, synthetic
 from benchmarks.rtl.synthesis import Implementation, yosys_version
 
 BUDGETS = (8, 6, 4, 3)
+# What results depend on beside a design's Verilog; a change anywhere makes kept ones worthless.
+BENCH = (Path(__file__), *sorted((Path(__file__).parent / "rtl").glob("*.py")))
 BASELINES = "mac"  # how the names of int8 PEs begin; other designs are bit-serial rivals
 
 
@@ -57,6 +64,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--group-pe", nargs="+", default=["gpe"], choices=DESIGNS)
     parser.add_argument("--check", action="store_true", help="compare with OpenSTA at k=8")
     parser.add_argument("--designs", action="store_true", help="all designs of the catalogue")
+    parser.add_argument("--keep", type=Path, help="a directory: go on where a run was cut off")
     arguments = parser.parse_args()
     if not arguments.liberty.is_file():
         parser.error(f"--liberty: no file {arguments.liberty}")
@@ -83,15 +91,28 @@ def measure_all(arguments: argparse.Namespace, operands: list[OperandSet]) -> di
     """Measurements of every chosen design and of the edge, at one clock that all of them meet."""
     chosen = chosen_designs(arguments)
     aim = target(arguments.liberty, period=arguments.clock_ns, wire=arguments.wire)
-    made = {design.name: implement_design(design, aim) for design in chosen}
+    yosys = yosys_version()
+
+    def netlist_key(design: Design) -> str:
+        files = (*BENCH, arguments.liberty, *design.sources)
+        shape = (design.top, sorted(design.parameters.items()))
+        return digest(files, yosys, arguments.clock_ns, arguments.wire, shape)
+
+    def implemented(design: Design) -> Implementation:
+        return kept(
+            arguments.keep,
+            f"{design.name}-netlist",
+            netlist_key(design),
+            functools.partial(implement_design, design, aim),
+        )
+
+    made = {design.name: implemented(design) for design in chosen}
     period = common_period((i.timing.period for i in made.values()), arguments.clock_ns)
     lanes_used = sorted({lanes_of(design) for design in chosen if design.takes_terms})
     edges = {lanes: weight_edge(lanes) for lanes in lanes_used}
-    made |= {edge.name: implement_design(edge, aim) for edge in edges.values()}
+    made |= {edge.name: implemented(edge) for edge in edges.values()}
 
-    def measured(design: Design) -> dict:
-        # An edge may take more pipelining than it has; its energy is that of its own clock then.
-        clock = common_period([made[design.name].timing.period], period)
+    def measured(design: Design, clock: float) -> dict:
         energies: dict[int, Measurement] = {}
         for budget in BUDGETS:
             # Budgets change nothing in a PE that takes int8 weights.
@@ -108,6 +129,13 @@ def measure_all(arguments: argparse.Namespace, operands: list[OperandSet]) -> di
             result["check"] = check_design(
                 design, made[design.name], operands[0], budget, aim=aim, period=clock
             )
+        return result
+
+    def reported(design: Design) -> dict:
+        # An edge may take more pipelining than it has; its energy is that of its own clock then.
+        clock = common_period([made[design.name].timing.period], period)
+        key = digest((), netlist_key(design), clock, BUDGETS, operands, arguments.check)
+        result = kept(arguments.keep, design.name, key, functools.partial(measured, design, clock))
         print_design(design.name, result)
         return result
 
@@ -119,11 +147,11 @@ def measure_all(arguments: argparse.Namespace, operands: list[OperandSet]) -> di
         "wire_ff_per_pin": arguments.wire,
         "clock_slew_ns": aim.conditions.clock_slew,
         "clock_tree": "excluded up to the PE's pin; clock pins, gates and wires inside counted",
-        "yosys": yosys_version(),
+        "yosys": yosys,
         "seeds": arguments.seeds,
         "operands": operands[0].description,
-        "designs": {design.name: measured(design) for design in chosen},
-        "edges": {str(lanes): measured(edge) for lanes, edge in edges.items()},
+        "designs": {design.name: reported(design) for design in chosen},
+        "edges": {str(lanes): reported(edge) for lanes, edge in edges.items()},
         "edge_columns": COLUMNS,
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +74,31 @@ class Stimulus:
     def cycles(self) -> int:
         """Length of the stimulus."""
         return len(next(iter(self.inputs.values())))
+
+
+def joined(stimuli: Sequence[Stimulus]) -> Stimulus:
+    """One stimulus that plays several of one design after each other; all of it is measured.
+
+    Raises:
+      ValueError: their ports or widths differ.
+    """
+    first = stimuli[0]
+    if any(s.widths != first.widths or s.expected.keys() != first.expected.keys() for s in stimuli):
+        raise ValueError("stimuli of different ports cannot be joined")
+    starts = np.cumsum([0, *(s.cycles for s in stimuli)])
+
+    def expected(port: str) -> tuple[npt.NDArray[np.int64], npt.NDArray]:
+        seen = [s.expected[port] for s in stimuli]
+        cycles = [start + when for start, (when, _) in zip(starts[:-1], seen, strict=True)]
+        return np.concatenate(cycles), np.concatenate([values for _, values in seen])
+
+    return Stimulus(
+        inputs={port: np.concatenate([s.inputs[port] for s in stimuli]) for port in first.inputs},
+        widths=first.widths,
+        expected={port: expected(port) for port in first.expected},
+        multiplications=sum(s.multiplications for s in stimuli),
+        measured=(0, int(starts[-1])),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

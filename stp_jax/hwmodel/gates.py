@@ -43,8 +43,14 @@ EDGE_EVENTS = ("edge_group", "edge_second_slot", "edge_further_slot")
 
 def lane_event_names(lanes: int) -> tuple[str, ...]:
     """Entries of a table for group PEs of several lanes and their edge."""
-    passes = (f"pass_{lanes}{part}" for part in ("", "_term", "_live_term", "_load"))
-    return (*passes, f"edge_{lanes}_group", f"edge_{lanes}_further_pass")
+    pe = ("", "_moved_lane", "_bit", "_load")
+    edge = ["group", "second_term", "third_term", "further_pass", "early_term", "vacant_lane"]
+    if lanes == 2:
+        edge.remove("third_term")
+    return (
+        *(f"pass_{lanes}{part}" for part in pe),
+        *(f"edge_{lanes}_{part}" for part in edge),
+    )
 
 
 def live_shares(network: Network, activations: Operands | None) -> np.ndarray:
@@ -55,6 +61,22 @@ def live_shares(network: Network, activations: Operands | None) -> np.ndarray:
 def mean_bits(network: Network, activations: Operands | None) -> np.ndarray:
     """Mean bits of each layer's activations' magnitudes; 3.0 where they are not given."""
     return _means(network, activations, lambda a: np.ceil(np.log2(a + 1.0)), MEAN_BITS)
+
+
+def stored_bits(network: Network, activations: Operands | None) -> np.ndarray:
+    """As `mean_bits`, of what PEs of several lanes hold: signed activations are stored plus 128."""
+
+    def mean(values: ArrayLike | None) -> float:
+        if values is None:
+            return MEAN_BITS
+        stored = np.asarray(values).astype(np.int64)
+        if stored.min() < 0:
+            stored = stored + (1 << (BITS - 1))
+        elif stored.max() > 127:
+            stored = stored // 2
+        return float(np.ceil(np.log2(stored + 1.0)).mean())
+
+    return np.array([mean(lookup(activations or {}, layer)) for layer in network])
 
 
 def _means(
@@ -135,21 +157,27 @@ def group_events(
 
 
 def lane_events(
-    folding: Folding, lanes: int, passes: Vector, terms: Vector, live: np.ndarray
+    folding: Folding, lanes: int, passes: Vector, slots: Vector, terms: Vector, bits: np.ndarray
 ) -> dict[str, Vector]:
     """Events of `GroupPE`s of several lanes, real vectors over layers.
+
+    A lane moves in a pass if it holds a term or held one in the pass before; terms are taken to be
+    spread evenly over the slots.
 
     Args:
       folding: of the network onto the array.
       lanes: L, terms a pass.
       passes: of all groups, each met once by every output pixel; by layer.
-      terms: likewise.
-      live: share of activations that are not zero.
+      slots: of these passes, in lanes that the budget uses: ceil(k / passes) in each; by layer.
+      terms: in these slots.
+      bits: of the activations, as `stored_bits`.
     """
+    xp = namespace_of(terms)
+    empty = 1.0 - terms / xp.maximum(slots, 1.0)
     each = {
         f"pass_{lanes}": passes,
-        f"pass_{lanes}_term": terms,
-        f"pass_{lanes}_live_term": terms * as_real(live, namespace_of(terms)),
+        f"pass_{lanes}_moved_lane": slots * (1.0 - empty * empty),
+        f"pass_{lanes}_bit": terms * as_real(bits, xp),
     }
     by_pixel = {name: count * folding.P for name, count in each.items()}
     return {**by_pixel, f"pass_{lanes}_load": load_cycles(folding)}
@@ -170,9 +198,42 @@ def edge_events(budgets: Vector, smoothing: float) -> dict[str, Vector]:
     }
 
 
-def lane_edge_events(lanes: int, passes: Vector) -> dict[str, Vector]:
-    """As `edge_events`, of an edge that gives ``lanes`` terms a cycle."""
-    return {
-        f"edge_{lanes}_group": namespace_of(passes).ones_like(passes),
-        f"edge_{lanes}_further_pass": passes - 1.0,
+def lane_edge_events(
+    lanes: int,
+    budgets: Vector,
+    passes: Vector,
+    held: Callable[[Vector], Vector],
+    mean: Callable[[Vector], Vector],
+) -> dict[str, Vector]:
+    """As `edge_events`, of an edge that gives ``lanes`` terms a cycle; real vectors over layers.
+
+    What a further pass costs is searching again among the terms that are left: it grows with those
+    that earlier passes took (a term taken before the last pass is early), and with lanes that find
+    none.
+
+    Args:
+      lanes: L, terms a pass.
+      budgets: k by entry, that is by layer or by filter.
+      passes: of a group, by entry.
+      held: caps by entry -> mean terms of a layer's groups, none counted beyond its cap.
+      mean: values by entry -> their means by layer.
+    """
+    xp = namespace_of(budgets, passes)
+
+    def within(caps: Vector) -> Vector:
+        return held(xp.minimum(budgets, caps))
+
+    further = mean(passes - 1.0)
+    first, second, third, whole = (
+        within(xp.full_like(budgets, float(n))) for n in (1, 2, 3, lanes)
+    )
+    later = within(budgets) - whole
+    events = {
+        f"edge_{lanes}_group": xp.ones_like(further),
+        f"edge_{lanes}_second_term": second - first,
+        f"edge_{lanes}_third_term": third - second,
+        f"edge_{lanes}_further_pass": further,
+        f"edge_{lanes}_early_term": within((passes - 1.0) * lanes),
+        f"edge_{lanes}_vacant_lane": xp.maximum(further * lanes - later, 0.0),
     }
+    return {name: events[name] for name in lane_event_names(lanes) if name in events}

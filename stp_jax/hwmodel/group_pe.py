@@ -215,7 +215,7 @@ class GroupPE(PE):
             selections=added * (ACTIVATION_BITS * (group_size - 1.0)),
             budgets=budgets.mean(k),
             gates=self._gate_events(work, budgets, groups, cycles, held),
-            edge=self._edge_events(budgets, cycles, work.smoothing),
+            edge=self._edge_events(budgets, groups, cycles, held, work.smoothing),
         )
 
     def _gate_events(
@@ -231,10 +231,16 @@ class GroupPE(PE):
         alike = concrete and self.group_size == gates.GROUP_SIZE and self.bits == gates.BITS
         if not alike or work.folding.dataflow != "is":
             return None
-        live = gates.live_shares(work.network, work.activations)
         if self.lanes > 1:
-            total = budgets.total(groups * passes)
-            return gates.lane_events(work.folding, self.lanes, total, held(budgets.k), live)
+            return gates.lane_events(
+                work.folding,
+                self.lanes,
+                budgets.total(groups * passes),
+                budgets.total(groups * self._slots(budgets.k, passes, work.smoothing)),
+                held(budgets.k),
+                gates.stored_bits(work.network, work.activations),
+            )
+        live = gates.live_shares(work.network, work.activations)
         return gates.group_events(
             work.folding,
             budgets.k,
@@ -245,13 +251,27 @@ class GroupPE(PE):
             work.smoothing,
         )
 
+    def _slots(self, budgets: Vector, passes: Vector, smoothing: float) -> Vector:
+        """Slots of a group in the lanes that its passes use; terms are spread over the passes."""
+        if smoothing > 0.0:
+            return budgets
+        return namespace_of(budgets).ceil(budgets / passes) * passes
+
     def _edge_events(
-        self, budgets: LayerBudgets, passes: Vector, smoothing: float
+        self,
+        budgets: LayerBudgets,
+        groups: Vector,
+        passes: Vector,
+        held: Callable[[Vector], Vector],
+        smoothing: float,
     ) -> dict[str, Vector]:
         """Events of a row's edge by gates, means over a layer's groups."""
-        events = gates.edge_events(budgets.k, smoothing)
         if self.lanes > 1:
-            events = gates.lane_edge_events(self.lanes, passes)
+            total = budgets.total(groups)
+            return gates.lane_edge_events(
+                self.lanes, budgets.k, passes, lambda caps: held(caps) / total, budgets.mean
+            )
+        events = gates.edge_events(budgets.k, smoothing)
         return {name: budgets.mean(count) for name, count in events.items()}
 
     def _resolve_budgets(self, work: Workload, statistics: GroupTerms) -> LayerBudgets:

@@ -194,6 +194,27 @@ _GATES_45NM = {
     "edge_second_slot": 1.659,
     "edge_further_slot": 0.9728,
 }
+_NANGATE_LANES = (
+    "`python benchmarks/rtl_tables.py --liberty nangate45_typical.lib --node-nm 45 --clock-ns 3.4 "
+    "--group-pe gpe_lanes_4`: gates of rtl/gpe_lanes.v and weight_edge.v with 4 lanes in the "
+    "Nangate 45 nm Open Cell Library, 1.1 V, 3.4 ns, 1 fF of wire per pin"
+)
+_GATES_LANES_45NM = {
+    "pass_4": 1.341,
+    "pass_4_moved_lane": 0.2379,
+    "pass_4_bit": 0.02622,
+    "pass_4_load": 1.096,
+    "edge_4_group": 2.307,
+    "edge_4_second_term": 0.5409,
+    "edge_4_third_term": 0.4345,
+    "edge_4_further_pass": 0.6802,
+    "edge_4_early_term": 0.9083,
+    "edge_4_vacant_lane": 0.1055,
+}
+_GATES_LANES_AREA_45NM = {
+    "group_pe_8_of_4_lanes": 1465.0,
+    "row_edge_8_of_4_lanes": 2453.0,
+}
 _GATES_AREA_45NM = {
     "bit_parallel_pe": 1256.0,
     "group_pe_8": 1140.0,
@@ -237,31 +258,40 @@ def _memory(node_nm: float, supply: float) -> dict[str, tuple[float, str]]:
     return entries
 
 
-def _by_gates(
-    node_nm: float,
-    source: str,
-    energies: Mapping[str, float],
-    areas: Mapping[str, float],
-    supply: float,
-) -> Technology:
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """What one command measured: energies in pJ and areas in um2."""
+
+    source: str
+    energy_pj: Mapping[str, float]
+    area_um2: Mapping[str, float]
+
+
+def _by_gates(node_nm: float, supply: float, *parts: _Measured) -> Technology:
     """A measured table, with memory beside it."""
     memory = _memory(node_nm, supply)
+    measured = {name: value for part in parts for name, value in part.energy_pj.items()}
     return Technology(
         name=f"{node_nm:g} nm by gates",
         node_nm=node_nm,
         basis="gates",
-        energy_pj={**energies, **{entry: value for entry, (value, _) in memory.items()}},
-        area_um2=areas,
+        energy_pj={**measured, **{entry: value for entry, (value, _) in memory.items()}},
+        area_um2={name: value for part in parts for name, value in part.area_um2.items()},
         sources=(
-            *((f"energy_pj.{entry}", source) for entry in energies),
-            *((f"area_um2.{entry}", source) for entry in areas),
+            *((f"energy_pj.{entry}", part.source) for part in parts for entry in part.energy_pj),
+            *((f"area_um2.{entry}", part.source) for part in parts for entry in part.area_um2),
             *((f"energy_pj.{entry}", of_memory) for entry, (_, of_memory) in memory.items()),
         ),
     )
 
 
-NANGATE_45NM_GATES = _by_gates(45.0, _NANGATE, _GATES_45NM, _GATES_AREA_45NM, 1.1)
-SKY130_130NM_GATES = _by_gates(130.0, _SKY130, _GATES_130NM, _GATES_AREA_130NM, 1.8)
+NANGATE_45NM_GATES = _by_gates(
+    45.0,
+    1.1,
+    _Measured(_NANGATE, _GATES_45NM, _GATES_AREA_45NM),
+    _Measured(_NANGATE_LANES, _GATES_LANES_45NM, _GATES_LANES_AREA_45NM),
+)
+SKY130_130NM_GATES = _by_gates(130.0, 1.8, _Measured(_SKY130, _GATES_130NM, _GATES_AREA_130NM))
 
 
 def _is_number(value: object) -> bool:

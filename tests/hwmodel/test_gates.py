@@ -154,16 +154,37 @@ def test_pes_of_several_lanes_are_priced_by_passes():
     entries = dict.fromkeys(gates.lane_event_names(lanes), 1e-12)
     array = hwmodel.Array(rows=4, cols=4, pe=hwmodel.GroupPE(group_size=8, lanes=lanes))
     groups, read = 64 // 8 * 16 * 5, 64 // 8 * 16 * 2
+    sparse = np.zeros((64, 16), np.int64)
+    sparse[::8] = 5  # two terms, in one weight of every group
 
-    def count(event, component="array"):
+    def count(event, component="array", **arguments):
         technology = _technology(**{**entries, event: 1.0})
-        report = hwmodel.evaluate(NETWORK, array, budgets=6, technology=technology)
+        report = hwmodel.evaluate(NETWORK, array, technology=technology, **arguments)
         return report.energy_pj[component].item()
 
-    assert count("pass_4") == pytest.approx(2 * groups)
-    assert count("pass_4_term") == pytest.approx(6 * groups)
-    assert count("pass_4_live_term") == pytest.approx(0.6 * 6 * groups)
-    assert count("edge_4_group", "encoder") == pytest.approx(read)
-    assert count("edge_4_further_pass", "encoder") == pytest.approx(read)
+    full, few = {"budgets": 6}, {"budgets": 6, "weights": {"fc": sparse}}
+    for given, expected in (
+        (full, {"": 2, "_moved_lane": 6, "_bit": 3.0 * 6}),
+        # Three lanes of each of two passes, a third of which hold a term.
+        (few, {"": 2, "_moved_lane": 6 * (1 - (2 / 3) ** 2), "_bit": 3.0 * 2}),
+        ({"budgets": 7}, {"": 2, "_moved_lane": 8 * (1 - (1 / 8) ** 2), "_bit": 3.0 * 7}),
+    ):
+        for part, each in expected.items():
+            assert count(f"pass_4{part}", **given) == pytest.approx(each * groups), part
+    for given, expected in (
+        (full, {"second_term": 1, "third_term": 1, "early_term": 4, "vacant_lane": 2}),
+        (few, {"second_term": 1, "third_term": 0, "early_term": 2, "vacant_lane": 4}),
+    ):
+        for part, each in {"group": 1, "further_pass": 1, **expected}.items():
+            counted = count(f"edge_4_{part}", "encoder", **given)
+            assert counted == pytest.approx(each * read, abs=1e-6), part
     with pytest.raises(ValueError, match="pass_4"):
         hwmodel.evaluate(NETWORK, array, budgets=6, technology=_technology())
+
+
+def test_bits_of_several_lanes_are_those_of_stored_activations():
+    signed = {"fc": np.array([[-128, -127, 0, 127]])}  # stored as 0, 1, 128 and 255
+    assert gates.stored_bits(NETWORK, signed) == pytest.approx((0 + 1 + 8 + 8) / 4)
+    unsigned = {"fc": np.array([[0, 1, 100, 254]])}  # halved, to 0, 0, 50 and 127
+    assert gates.stored_bits(NETWORK, unsigned) == pytest.approx((0 + 0 + 6 + 7) / 4)
+    assert gates.stored_bits(NETWORK, None) == pytest.approx(gates.MEAN_BITS)
