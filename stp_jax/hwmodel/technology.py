@@ -200,10 +200,10 @@ _NANGATE_LANES = (
     "Nangate 45 nm Open Cell Library, 1.1 V, 3.4 ns, 1 fF of wire per pin"
 )
 _GATES_LANES_45NM = {
-    "pass_4": 1.341,
-    "pass_4_moved_lane": 0.2379,
-    "pass_4_bit": 0.02622,
-    "pass_4_load": 1.096,
+    "pass_4": 1.34,
+    "pass_4_moved_lane": 0.2378,
+    "pass_4_bit": 0.0262,
+    "pass_4_load": 1.098,
     "edge_4_group": 2.307,
     "edge_4_second_term": 0.5409,
     "edge_4_third_term": 0.4345,
