@@ -23,7 +23,7 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,8 @@ class ImagenetConfig:
     seed: int = 0  # of the draw
     batch_size: int = 32  # images at a time
     limit: int | None = None  # the first images of the table only, to try things out
+
+    BOOKKEEPING: ClassVar = ("points",)  # the same command with other points adds them
 
     def __post_init__(self) -> None:  # noqa: D105
         if not self.points or any(not 0 < point <= 4 for point in self.points):

@@ -194,13 +194,15 @@ def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         header = json.loads(metadata[FORMAT])
         version = header["version"]
-    except (json.JSONDecodeError, KeyError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: its metadata {FORMAT} cannot be read") from error
     if version not in range(1, VERSION + 1):
         raise ValueError(
             f"{path} is of version {version} of the format, this stp_jax reads versions 1 to "
             f"{VERSION}"
         )
+    if not isinstance(header.get("layers"), dict):
+        raise ValueError(f"{path} is damaged: its metadata {FORMAT} list no layers")
     return header
 
 

@@ -12,7 +12,7 @@ from safetensors.flax import save_file
 
 import stp_jax
 from stp_jax import models
-from stp_jax.export.packed import FORMAT, load_packed, packed_sizes, save_packed
+from stp_jax.export.packed import FORMAT, VERSION, load_packed, packed_sizes, save_packed
 from stp_jax.terms import slot_format
 
 
@@ -251,14 +251,16 @@ def test_what_does_not_fit_is_named(tmp_path):
     [
         ({"metadata": {"format": "pt"}}, "holds no packed terms"),
         ({"metadata": {FORMAT: "{"}}, "metadata .* cannot be read"),
-        ({"metadata": {FORMAT: '{"version": 3}'}}, "of version 3"),
+        ({"metadata": {FORMAT: "[1]"}}, "metadata .* cannot be read"),
+        ({"metadata": {FORMAT: f'{{"version": {VERSION + 1}}}'}}, f"of version {VERSION + 1}"),
+        ({"metadata": {FORMAT: '{"version": 1}'}}, "list no layers"),
         (
             {"depthwise.kernel.terms": jnp.zeros(1, jnp.uint8)},
             "damaged at layer 'depthwise'.*takes uint8",
         ),
         ({"depthwise.kernel.terms": None}, "damaged at layer 'depthwise'"),
     ],
-    ids=["format", "json", "version", "short", "missing"],
+    ids=["format", "json", "list", "version", "layers", "short", "missing"],
 )
 def test_damaged_files_are_refused(changes, message, tmp_path):
     path = tmp_path / "m.safetensors"

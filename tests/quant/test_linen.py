@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,11 @@ def apply(module, variables, *args, **options):
 
 def same_tree(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def same_initial_values(a, b):
+    """Equal but for rounding: two programs may compute a normal variable differently."""
+    chex.assert_trees_all_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 class ResNetBlock(nn.Module):
@@ -86,7 +92,7 @@ def resnet():
 def test_variables_are_the_modules_own_beside_two_collections(resnet):
     model, variables, float_variables = resnet
     assert set(variables) == {"params", "batch_stats", "stp", "stp_params"}
-    same_tree(variables["params"], float_variables["params"])
+    same_initial_values(variables["params"], float_variables["params"])
     assert model.budgets(variables) == {
         "ResNetBlock_0.Conv_0": 10,
         "ResNetBlock_0.Conv_1": 10,
@@ -217,7 +223,7 @@ def test_recurrent_cells_under_rnn():
     module = nn.RNN(nn.LSTMCell(4))
     model = quantize(module, weight_scale="max")
     variables = init(model, X[0])
-    same_tree(variables["params"], init(module, X[0])["params"])
+    same_initial_values(variables["params"], init(module, X[0])["params"])
     variables = model.calibrate(variables, [X[0]])
     assert all(scale > 0 for scale in jax.tree.leaves(variables["stp_params"]))
     exact = apply(module, variables, X[0])
@@ -229,7 +235,7 @@ def test_the_optimized_lstm_equals_the_plain_one():
     cells = (nn.LSTMCell, nn.OptimizedLSTMCell)
     plain, optimized = (quantize(nn.RNN(cell(4)), **STATELESS) for cell in cells)
     variables = init(nn.RNN(nn.OptimizedLSTMCell(4)), X[0])
-    same_tree(init(optimized, X[0])["params"], variables["params"])
+    same_initial_values(init(optimized, X[0])["params"], variables["params"])
     np.testing.assert_allclose(
         apply(plain, variables, X[0]), apply(optimized, variables, X[0]), rtol=1e-6
     )
@@ -274,7 +280,7 @@ def test_scanned_layers_have_budgets_and_scales_of_their_own(axis):
     x = X[0, 0]
     model = quantize(Stack(axis), budget=12)
     variables = init(model, x)
-    same_tree(variables["params"], init(Stack(axis), x)["params"])
+    same_initial_values(variables["params"], init(Stack(axis), x)["params"])
     path = "block.Dense_0"
     assert model.budgets(variables) == {path: [12, 12, 12]}
     variables = model.set_budgets(variables, {path: [2, 4, 6]})
