@@ -58,7 +58,7 @@ def losses(model: nnx.Module, tokens: jax.Array, batch: int = 16) -> np.ndarray:
 
 
 def few_terms(
-    model: DecoderLM, budget: int | None, prepare: Callable[[Any], None], **options: Any
+    model: DecoderLM, budget: int | None, prepare: Callable[[Any], Any], **options: Any
 ) -> Row:
     """A row of this library; ``prepare`` sets budgets and scales of the STP model."""
     rules = [
@@ -68,28 +68,26 @@ def few_terms(
     ]
     found = stp_jax.quantize(model, stp_jax.Policy(rules))
     prepare(found)
-    sizes = export.packed_sizes(found).layers
+    sizes, layers = export.packed_sizes(found).layers, stp_jax.quantized_layers(found)
     weights = sum(size.float32 for size in sizes.values()) / 4
     encoding = options.get("encoding", "naf")
     bits, terms = 0.0, 0
     for path, integers in stp_jax.integer_weights(found).items():
-        layer = stp_jax.quantized_layers(found)[path]
-        dense = layer.rule.bits * integers.size + 8 * layer.scale.nbytes
+        layer = layers[path]
+        dense = layer.rule.bits * integers.size + 8 * layer.shared_scale.nbytes
         bits += min(8 * sizes[path].packed, dense)
         terms += int(stp_jax.terms.count(integers, encoding).sum())
     return found, bits / weights, terms / weights
 
 
-def reconstruction(calibration: list[jax.Array]) -> Callable[[Any], None]:
+def reconstruction(calibration: list[jax.Array]) -> Callable[[Any], Any]:
     """Reconstruction at a model's own budgets, on these sequences."""
-    return lambda found: stp_jax.reconstruct(found, calibration, stp_jax.budgets(found)) and None
+    return lambda found: stp_jax.reconstruct(found, calibration, stp_jax.budgets(found))
 
 
 def at(model: DecoderLM, calibration: list[jax.Array], terms: float) -> dict[str, Row]:
     """The ways at so many terms per weight."""
-    k = round(8 * terms)
-
-    search = stp_jax.search_weight_scales
+    k, search = round(8 * terms), stp_jax.search_weight_scales
     return {
         "term revealing": few_terms(model, k, search, method="greedy", encoding="hese"),
         "projected": few_terms(model, k, search),

@@ -154,6 +154,23 @@ def models() -> str:
     return table(("`model=`", "what"), ((f"`{n}`", first_line(f)) for n, f in MODELS.items()))
 
 
+def perplexities() -> str:
+    """The rows that `benchmarks/lm_perplexity.py` stored."""
+    stored = json.loads((Path(__file__).parent / "results" / "lm_perplexity.json").read_text())
+    rows = (
+        (
+            name,
+            f"{row['bits_per_weight']:.2f}",
+            "" if row["terms_per_weight"] is None else f"{row['terms_per_weight']:.2f}",
+            f"{row['perplexity']:.3f}",
+            f"{row['divergence']:.4f} ({row['low']:.4f} to {row['high']:.4f})",
+        )
+        for name, row in stored["rows"].items()
+    )
+    header = ("weights", "bits a weight", "terms a weight", "perplexity", "divergence from float")
+    return table(header, rows)
+
+
 # --- Diagrams -------------------------------------------------------------------------------------
 
 
@@ -209,23 +226,6 @@ def equations(content: str) -> str:
         return convert(html.unescape(match["tex"]).strip(), display=display)
 
     return _EQUATION.sub(mathml, content)
-
-
-def perplexities() -> str:
-    """The rows that `benchmarks/lm_perplexity.py` stored."""
-    stored = json.loads((Path(__file__).parent / "results" / "lm_perplexity.json").read_text())
-    rows = (
-        (
-            name,
-            f"{row['bits_per_weight']:.2f}",
-            "" if row["terms_per_weight"] is None else f"{row['terms_per_weight']:.2f}",
-            f"{row['perplexity']:.3f}",
-            f"{row['divergence']:.4f} ({row['low']:.4f} to {row['high']:.4f})",
-        )
-        for name, row in stored["rows"].items()
-    )
-    header = ("weights", "bits a weight", "terms a weight", "perplexity", "divergence from float")
-    return table(header, rows)
 
 
 GENERATORS: dict[str, Callable[..., str]] = {

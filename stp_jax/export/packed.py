@@ -243,9 +243,10 @@ def _integers(name: str, entry: Mapping[str, Any], tensors: dict[str, jax.Array]
 def _kernel(name: str, entry: Mapping[str, Any], tensors: dict[str, jax.Array]) -> jax.Array:
     """The kernel, float32: its integers times its scale."""
     integers = _integers(name, entry, tensors)
-    axes = tuple(entry[key] for key in ("scale_axis",) if key in entry)
-    size = entry["rule"].get("scale_group")
-    scale = spread_scale(tensors[f"{name}.scale"], integers.shape, axes, size)
+    scale = tensors[f"{name}.scale"]
+    if "scale_axis" in entry:
+        axes, size = (entry["scale_axis"],), entry["rule"]["scale_group"]
+        scale = spread_scale(scale, integers.shape, axes, size)
     return jnp.asarray(integers, jnp.float32) * scale
 
 

@@ -55,28 +55,31 @@ def lane_event_names(lanes: int) -> tuple[str, ...]:
 
 def live_shares(network: Network, activations: Operands | None) -> np.ndarray:
     """Share of each layer's activations that are not zero; 0.6 where they are not given."""
-    return _means(network, activations, lambda a: a != 0, LIVE_SHARE)
+    return _means(network, activations, lambda a: _magnitudes(a) != 0, LIVE_SHARE)
 
 
 def mean_bits(network: Network, activations: Operands | None) -> np.ndarray:
     """Mean bits of each layer's activations' magnitudes; 3.0 where they are not given."""
-    return _means(network, activations, lambda a: np.ceil(np.log2(a + 1.0)), MEAN_BITS)
+    return _means(network, activations, lambda a: _bits(_magnitudes(a)), MEAN_BITS)
 
 
 def stored_bits(network: Network, activations: Operands | None) -> np.ndarray:
     """As `mean_bits`, of what PEs of several lanes hold: signed activations are stored plus 128."""
 
-    def mean(values: ArrayLike | None) -> float:
-        if values is None:
-            return MEAN_BITS
-        stored = np.asarray(values).astype(np.int64)
-        if stored.min() < 0:
-            stored = stored + (1 << (BITS - 1))
-        elif stored.max() > 127:
-            stored = stored // 2
-        return float(np.ceil(np.log2(stored + 1.0)).mean())
+    def stored(values: np.ndarray) -> np.ndarray:
+        return values + (1 << (BITS - 1)) if values.min() < 0 else _magnitudes(values)
 
-    return np.array([mean(lookup(activations or {}, layer)) for layer in network])
+    return _means(network, activations, lambda a: _bits(stored(a)), MEAN_BITS)
+
+
+def _magnitudes(values: np.ndarray) -> np.ndarray:
+    """Magnitudes of activations; those of 8 bits are halved, as PEs take int8."""
+    magnitudes = np.abs(values)
+    return magnitudes // 2 if magnitudes.max() > 127 else magnitudes
+
+
+def _bits(values: np.ndarray) -> np.ndarray:
+    return np.ceil(np.log2(values + 1.0))
 
 
 def _means(
@@ -85,13 +88,10 @@ def _means(
     of: Callable[[np.ndarray], np.ndarray],
     default: float,
 ) -> np.ndarray:
-    """Means by layer of a function of magnitudes; those of 8 bits are halved, as PEs take int8."""
+    """Means by layer of a function of the activations, int64."""
 
     def mean(values: ArrayLike | None) -> float:
-        if values is None:
-            return default
-        magnitudes = np.abs(np.asarray(values).astype(np.int64))
-        return float(of(magnitudes // 2 if magnitudes.max() > 127 else magnitudes).mean())
+        return default if values is None else float(of(np.asarray(values).astype(np.int64)).mean())
 
     return np.array([mean(lookup(activations or {}, layer)) for layer in network])
 

@@ -204,6 +204,14 @@ class LayerFormat:
             return x
         return jnp.expand_dims(x, self.axes.groups[0] + 1)
 
+    def _cut_importance(
+        self, importance: jax.Array | None, shape: tuple[int, ...]
+    ) -> jax.Array | None:
+        """The same of weights of errors, which broadcast to the kernel."""
+        if importance is None or self._runs is None:
+            return importance
+        return self._cut(jnp.broadcast_to(importance, shape))
+
     def _join(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Undoes `_cut`."""
         return x if self._runs is None else self._runs.join(x, shape)
@@ -213,15 +221,13 @@ class LayerFormat:
     ) -> jax.Array:
         """The scale of least squared error at the budget, float32, as it is stored."""
         axes = self._cut_axes
-        if importance is not None:
-            importance = self._cut(jnp.broadcast_to(importance, kernel.shape))
         scale = search_scale(
             self._cut(kernel),
             self._cut_shared(jnp.asarray(budget)),
             axes=axes.groups,
             scale_axes=axes.scale,
             fmt=self.rule.format,
-            importance=importance,
+            importance=self._cut_importance(importance, kernel.shape),
         )
         return scale if self._runs is None else jnp.squeeze(scale, axes.groups)
 
@@ -268,15 +274,13 @@ class LayerFormat:
         importance: jax.Array | None = None,
     ) -> jax.Array:
         """The integers of the quantized kernel, int32."""
-        if importance is not None:
-            importance = self._cut(jnp.broadcast_to(importance, kernel.shape))
         integers = project_scaled(
             self._cut(kernel),
             self._cut_scale(kernel, stored),
             self._cut_shared(jnp.asarray(budget)),
             axes=self._cut_axes.groups,
             fmt=self.rule.format,
-            importance=importance,
+            importance=self._cut_importance(importance, kernel.shape),
         )
         return self._join(integers, kernel.shape)
 
