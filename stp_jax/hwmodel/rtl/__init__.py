@@ -8,3 +8,4 @@ from stp_jax.hwmodel.rtl.simulate import icarus_available as icarus_available
 from stp_jax.hwmodel.rtl.simulate import simulate_array as simulate_array
 from stp_jax.hwmodel.rtl.simulate import simulate_encoder as simulate_encoder
 from stp_jax.hwmodel.rtl.simulate import simulate_weight_edge as simulate_weight_edge
+from stp_jax.hwmodel.rtl.stream import simulate_stream as simulate_stream

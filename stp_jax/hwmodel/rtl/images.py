@@ -147,7 +147,7 @@ def wire_slots(groups: npt.NDArray[np.integer], slots: int) -> npt.NDArray[np.ui
     return np.pad(words, padding)
 
 
-def _filter_slots(
+def filter_slots(
     by_fold: npt.NDArray[np.integer], budgets: npt.NDArray[np.int64]
 ) -> list[npt.NDArray[np.uint32]]:
     """Wire slots [row fold, rows, k] of each filter of [row fold, M, rows, g]."""
@@ -218,7 +218,7 @@ def activation_groups(
     return GroupLayout(cols, axes=(2,)).split(tiled).transpose(0, 2, 1, 3, 4)
 
 
-def _byte_lines(groups: npt.NDArray[np.integer]) -> list[str]:
+def byte_lines(groups: npt.NDArray[np.integer]) -> list[str]:
     """One hex line a group, element 0 in the lowest byte."""
     raw = np.ascontiguousarray(groups.reshape(-1, groups.shape[-1])[:, ::-1].astype(np.uint8))
     return [row.tobytes().hex() for row in raw]
@@ -236,10 +236,10 @@ def write_weights(path: pathlib.Path, groups: npt.NDArray[np.integer]) -> int:
       ValueError: a weight does not fit int8 (as a projection's 128 does not).
     """
     _check_int8("stored weights", groups)
-    return _write(path, _byte_lines(groups))
+    return write_lines(path, byte_lines(groups))
 
 
-def _write(path: pathlib.Path, lines: list[str]) -> int:
+def write_lines(path: pathlib.Path, lines: list[str]) -> int:
     path.write_text("\n".join(lines) + "\n")
     return len(lines)
 
@@ -291,24 +291,26 @@ def write_images(
         headers += [group_base, len(activations), output_base]
         filter_words += np.stack([steps, np.cumsum(steps) - steps], axis=1).ravel().tolist()
         biases += _biases(job, lanes).tolist()
-        filter_slots = _filter_slots(by_fold, budgets)  # also what refuses a group over its budget
+        filter_slots = filter_slots(by_fold, budgets)  # also what refuses a group over its budget
         words = [_pass_words(w, lanes, slot_bits=slot_bits) for w in filter_slots]
         if encode_at_edge:
             _check_int8("stored weights", by_fold)
-            weights += _byte_lines(by_fold)
+            weights += byte_lines(by_fold)
         else:
             for fold in range(len(by_fold)):
                 slots += _word_lines(
                     np.concatenate([w[fold].ravel() for w in words]), lanes * slot_bits
                 )
-        activations += _byte_lines(resident + _zero_point(job, lanes))
+        activations += byte_lines(resident + _zero_point(job, lanes))
         group_base += by_fold[..., 0].size
         output_base += filters * pixels
-    _write(directory / "jobs.hex", _word_lines(np.array(headers, np.uint32), 32))
-    _write(directory / "filters.hex", _word_lines(np.array(filter_words, np.uint32), 32))
-    _write(directory / "bias.hex", _word_lines(np.array(biases, np.int64).astype(np.uint32), 32))
-    _write(directory / "activations.hex", activations)
-    _write(
+    write_lines(directory / "jobs.hex", _word_lines(np.array(headers, np.uint32), 32))
+    write_lines(directory / "filters.hex", _word_lines(np.array(filter_words, np.uint32), 32))
+    write_lines(
+        directory / "bias.hex", _word_lines(np.array(biases, np.int64).astype(np.uint32), 32)
+    )
+    write_lines(directory / "activations.hex", activations)
+    write_lines(
         directory / ("weights.hex" if encode_at_edge else "wire_slots.hex"),
         weights if encode_at_edge else slots,
     )

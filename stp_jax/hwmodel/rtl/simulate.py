@@ -75,7 +75,7 @@ def icarus_available() -> bool:
     return shutil.which("iverilog") is not None and shutil.which("vvp") is not None
 
 
-def _run_bench(bench: str, parameters: Mapping[str, int], directory: pathlib.Path) -> list[str]:
+def run_bench(bench: str, parameters: Mapping[str, int], directory: pathlib.Path) -> list[str]:
     """Compiles and runs one test bench in ``directory``; returns the lines it printed."""
     if not icarus_available():
         raise FileNotFoundError(
@@ -111,7 +111,7 @@ def simulate_encoder(bits: int = 8) -> npt.NDArray[np.int64]:
     if not 2 <= bits <= 16:
         raise ValueError(f"bits must be from 2 to 16, got {bits}")
     with tempfile.TemporaryDirectory() as directory:
-        lines = _run_bench("tb_naf_encoder", {"WIDTH": bits}, pathlib.Path(directory))
+        lines = run_bench("tb_naf_encoder", {"WIDTH": bits}, pathlib.Path(directory))
     fields = [line.split() for line in lines]
     values = np.array([int(value) for value, _, _ in fields], np.int64)
     if not np.array_equal(values, np.arange(-(1 << (bits - 1)), 1 << (bits - 1))):
@@ -147,7 +147,7 @@ def simulate_weight_edge(groups: npt.NDArray[np.integer], *, slots: int) -> npt.
         images.write_weights(directory / "weights.hex", groups)
         bits = slot_format(group_size, slots, images.BITS).wire_bits
         parameters = {"GROUP": group_size, "SLOTS": slots, "GROUPS": count, "SLOT_BITS": bits}
-        lines = _run_bench("tb_weight_edge", parameters, directory)
+        lines = run_bench("tb_weight_edge", parameters, directory)
     words = np.array([int(line, 16) for line in lines], np.uint32).reshape(count, slots)
     valid = words >> np.uint32(bits - 1) == 1
     return np.where(valid, words, np.uint32(0))
@@ -206,8 +206,8 @@ def simulate_array(
             "ENCODE": int(encode_at_edge),
             "SLOT_BITS": slot_format(group_size, 2, images.BITS).wire_bits,
         }
-        parameters["MAX_CYCLES"] = sum(_hang_limit(job, rows, cols, group_size) for job in jobs)
-        _run_bench("tb_gpe_array", parameters, directory)
+        parameters["MAX_CYCLES"] = sum(hang_limit(job, rows, cols, group_size) for job in jobs)
+        run_bench("tb_gpe_array", parameters, directory)
         counts = np.loadtxt(directory / "results.txt", dtype=np.int64, ndmin=2)
         outputs = _read_outputs(directory / "outputs.hex")
     ends = np.cumsum([job.weights.shape[0] * job.activations.shape[0] for job in jobs])
@@ -225,17 +225,21 @@ def simulate_array(
     ]
 
 
-def _hang_limit(job: Job, rows: int, cols: int, group_size: int) -> int:
+def hang_limit(job: Job, rows: int, cols: int, group_size: int) -> int:
     """Far more cycles than any schedule could need: reaching it means that the RTL hangs."""
     (filters, reduction), pixels = job.weights.shape, job.activations.shape[0]
     fold_count = group_count(reduction, rows * group_size) * group_count(pixels, cols)
     return 4 * fold_count * (rows + cols + filters + 1) * (int(np.max(job.budget)) + 1)
 
 
-def _read_outputs(path: pathlib.Path) -> npt.NDArray[np.int64]:
-    """The output buffer as signed numbers; an unwritten word (x) is an error."""
+def read_words(path: pathlib.Path) -> list[int]:
+    """Words that the simulation wrote with ``$writememh``; undefined bits (x) are an error."""
     lines = [line for line in path.read_text().split("\n") if line and not line.startswith("//")]
     if any("x" in line.lower() for line in lines):
-        raise RuntimeError("the array left a word of the output buffer unwritten or undefined")
-    words = np.array([int(line, 16) for line in lines], np.uint32)
-    return words.view(np.int32).astype(np.int64)
+        raise RuntimeError(f"the array left a word of {path.name} unwritten or undefined")
+    return [int(line, 16) for line in lines]
+
+
+def _read_outputs(path: pathlib.Path) -> npt.NDArray[np.int64]:
+    """The output buffer as signed numbers."""
+    return np.array(read_words(path), np.uint32).view(np.int32).astype(np.int64)
