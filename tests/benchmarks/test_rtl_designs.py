@@ -6,7 +6,7 @@ import pytest
 from benchmarks.rtl.catalogue import DESIGNS
 from benchmarks.rtl.design import Design, Operands, joined
 from benchmarks.rtl.play import play_design
-from stp_jax import terms
+from stp_jax import hwmodel, terms
 from stp_jax.hwmodel.rtl.simulate import icarus_available
 
 pytestmark = pytest.mark.skipif(not icarus_available(), reason="Icarus Verilog is not installed")
@@ -36,6 +36,44 @@ def _operands(design: Design, budget: int, *, filters: int = 9) -> Operands:
         weights=weights,
         psums=rng.integers(-(2**22), 2**22, (4, filters)),
     )
+
+
+# Whose values and cycles in Verilog `test_values_and_cycles` checks.
+_MODELLED = {
+    "mac_dot_1x1": hwmodel.DotProduct(lanes=1),
+    "mac_dot_8x1": hwmodel.DotProduct(lanes=8),
+    "stripes": hwmodel.Stripes(lanes=8, serial="weights"),
+    "pragmatic": hwmodel.BitPragmatic(lanes=8, serial="weights"),
+    "bitwave": hwmodel.BitWave(),
+    "bitvert": hwmodel.BitVert(lanes=8),
+    "term_mac": hwmodel.TermMac(group_size=8),
+}
+
+
+@pytest.mark.parametrize("scale", [0, 20, 128])
+@pytest.mark.parametrize("name", _MODELLED)
+def test_the_models_cycles_are_the_verilogs(name: str, scale: int) -> None:
+    """On an array of this PE alone, which waits for no other one."""
+    design, pe, budget = DESIGNS[name], _MODELLED[name], 5
+    rng = np.random.default_rng(1)
+    weights = rng.integers(-scale, max(scale, 1), (1, 9, 8))
+    if design.takes_terms:
+        weights = np.asarray(terms.project(weights, group_size=8, budget=budget, axis=-1))
+    activations = rng.integers(0, 128, (1, 8))
+    operands = Operands(activations=activations, weights=weights, psums=np.zeros((1, 9), int))
+    first, end = design.drive(operands, budget).measured
+    network = hwmodel.Network((hwmodel.dense("pe", 8, 9),))
+    array = hwmodel.Array(rows=1, cols=1, pe=pe)
+    report = hwmodel.evaluate(
+        network,
+        array,
+        budgets=budget if design.takes_terms else None,
+        weights={"pe": weights[0].T},
+        activations={"pe": activations},
+    )
+    folding = hwmodel.arrays.fold(network, array)
+    loads = operands.rows * folding.folds.item()
+    assert end - first - loads == (report.cycles - folding.fill_cycles).item()
 
 
 _LARGE = ("mac_dot_16x4", "offset_dot_4x4x8")
