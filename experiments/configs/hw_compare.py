@@ -157,7 +157,7 @@ def run(config: HardwareConfig, workdir: Path, console: Console) -> None:
     print(by_gates.drop(columns="reason").to_string(float_format="{:.2f}".format, na_rep="-"))
     for name, reason in by_gates["reason"].items():
         if reason:
-            print(f"  {name}: {reason}")
+            console.print(f"{name}: {reason}", highlight=False, markup=False)
     print("\nby the 45 nm table of arithmetic:")
     with pd.option_context("display.width", 200, "display.max_columns", None):
         print(frame.round(2).to_string())
