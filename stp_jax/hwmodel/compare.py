@@ -138,14 +138,9 @@ def compare(
       ValueError: no designs, or what `match` and `evaluate` refuse.
       TypeError: designs that are not a mapping of arrays or `Design`.
     """
-    if not isinstance(designs, Mapping):
-        raise TypeError(
-            "designs must be a mapping from names to arrays or Designs, such as "
-            f'{{"int8": array}}, got {type(designs).__name__}'
-        )
-    if not designs:
+    chosen = _as_designs(designs)
+    if not chosen:
         raise ValueError("nothing to compare: give at least a baseline")
-    chosen = {n: d if isinstance(d, Design) else Design(array=d) for n, d in designs.items()}
     reference = next(iter(chosen.values()))
     if by is not None:
         chosen = {
@@ -170,6 +165,15 @@ def compare(
         _row(chosen[name].array, report, baseline, technology) for name, report in reports.items()
     ]
     return pd.DataFrame(rows, index=pd.Index(list(chosen), name="design"))
+
+
+def _as_designs(designs: Mapping[str, Array | Design]) -> dict[str, Design]:
+    if not isinstance(designs, Mapping):
+        raise TypeError(
+            "designs must be a mapping from names to arrays or Designs, such as "
+            f'{{"int8": array}}, got {type(designs).__name__}'
+        )
+    return {n: d if isinstance(d, Design) else Design(array=d) for n, d in designs.items()}
 
 
 def _known_area_um2(array: Array, technology: Technology) -> float:
@@ -201,7 +205,7 @@ def _row(
 
 
 def int8_baseline(pe: PE) -> DotProduct:
-    """The strongest measured int8 PE of a PE's throughput class: a dot product of 1 or of 8.
+    """The int8 PE of least energy by gates in a PE's throughput class: a dot product of 1 or of 8.
 
     The class is that of multiplications a cycle, at eight bits and, for group PEs, at one term a
     weight; a PE belongs to that dot product whose rate is nearer in ratio.
@@ -229,16 +233,17 @@ def compare_by_gates(
       ``encoder_pj_per_mac``: that of the array's edge, NaN where it was not measured;
       ``class_lanes``: of the `int8_baseline`; ``saving``, ``saving_with_encoder``: of array energy
       over that baseline on the same array; ``saving_over_dot_8``: over the dot product of 8
-      whatever the class, the least energy that int8 takes here; ``reason``: why energies are NaN,
-      else empty.
+      whatever the class, the int8 PE of least energy in the table; ``reason``: why energies are
+      NaN, else empty.
 
     Raises:
       ValueError: the technology is not by gates, or what `evaluate` refuses, save PEs that were not
         measured.
+      TypeError: designs that are not a mapping of arrays or `Design`.
     """
     if technology.basis != "gates":
         raise ValueError(f"technology {technology.name!r} is by the table, not by gates")
-    chosen = {n: d if isinstance(d, Design) else Design(array=d) for n, d in designs.items()}
+    chosen = _as_designs(designs)
     rows = [_gates_row(network, design, technology) for design in chosen.values()]
     return pd.DataFrame(rows, index=pd.Index(list(chosen), name="design"))
 

@@ -207,9 +207,10 @@ class DotProduct(PE):
     """An int8 dot product a cycle: ``lanes`` multiplications, whose sum joins the partial sum.
 
     By the table it takes ``lanes`` multiplies, as many int16 additions less one in its tree, and
-    one int32 addition a step. By gates it is the strongest int8 PE that was measured
-    (``benchmarks/rtl/verilog/mac_dot.v``): one carry-save tree adds all rows of all products.
-    With one lane that is a single product, with 28 bits of partial sum where `BitParallel` has 32.
+    one int32 addition a step. By gates it is the int8 PE of least energy among those measured with
+    one column (``benchmarks/rtl/verilog/mac_dot.v``): one carry-save tree adds all rows of all
+    products. With one lane that is a single product, with 28 bits of partial sum where
+    `BitParallel` has 32.
 
     Attributes:
       lanes: multiplications a cycle.

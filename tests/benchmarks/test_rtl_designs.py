@@ -6,6 +6,7 @@ import pytest
 from benchmarks.rtl.catalogue import DESIGNS
 from benchmarks.rtl.design import Design, Operands, joined
 from benchmarks.rtl.play import play_design
+from benchmarks.rtl_tables import OTHERS, Case, other_events
 from stp_jax import hwmodel, terms
 from stp_jax.hwmodel.rtl.simulate import icarus_available
 
@@ -38,23 +39,14 @@ def _operands(design: Design, budget: int, *, filters: int = 9) -> Operands:
     )
 
 
-# Whose values and cycles in Verilog `test_values_and_cycles` checks.
-_MODELLED = {
-    "mac_dot_1x1": hwmodel.DotProduct(lanes=1),
-    "mac_dot_8x1": hwmodel.DotProduct(lanes=8),
-    "stripes": hwmodel.Stripes(lanes=8, serial="weights"),
-    "pragmatic": hwmodel.BitPragmatic(lanes=8, serial="weights"),
-    "bitwave": hwmodel.BitWave(),
-    "bitvert": hwmodel.BitVert(lanes=8),
-    "term_mac": hwmodel.TermMac(group_size=8),
-}
-
-
 @pytest.mark.parametrize("scale", [0, 20, 128])
-@pytest.mark.parametrize("name", _MODELLED)
+@pytest.mark.parametrize("name", OTHERS)
 def test_the_models_cycles_are_the_verilogs(name: str, scale: int) -> None:
-    """On an array of this PE alone, which waits for no other one."""
-    design, pe, budget = DESIGNS[name], _MODELLED[name], 5
+    """On an array of this PE alone, which waits for no other one.
+
+    That the Verilog keeps to the cycles of its stimulus is what `test_values_and_cycles` says.
+    """
+    design, pe, budget = DESIGNS[name], OTHERS[name], 5
     rng = np.random.default_rng(1)
     weights = rng.integers(-scale, max(scale, 1), (1, 9, 8))
     if design.takes_terms:
@@ -74,6 +66,21 @@ def test_the_models_cycles_are_the_verilogs(name: str, scale: int) -> None:
     folding = hwmodel.arrays.fold(network, array)
     loads = operands.rows * folding.folds.item()
     assert end - first - loads == (report.cycles - folding.fill_cycles).item()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_table_by_gates_prices_what_the_bench_counts(name: str) -> None:
+    """Four times the rows see the column's bus for four times the cycles; nothing else changes."""
+    few, many = (
+        other_events(DESIGNS[name], case.operands(), case)
+        for case in (Case(budget=4, folds=3, filters=5, rows=rows) for rows in (8, 32))
+    )
+    assert few.keys() <= hwmodel.NANGATE_45NM_GATES.energy_pj.keys()
+    lanes = 8 if name == "mac_dot_1x1" else 1  # as many PEs do the work of one of eight lanes
+    bus = next(event for event in few if event.endswith("_bus"))
+    assert (few[bus], many[bus]) == (3 * 8 * lanes, 3 * 32 * lanes)
+    few.pop(bus), many.pop(bus)
+    assert many == pytest.approx(few)
 
 
 _LARGE = ("mac_dot_16x4", "offset_dot_4x4x8")
