@@ -135,8 +135,8 @@ class DigitSerial(PE):
         """Whether the netlist of a PE like this one was measured, see ``measured``."""
         return bool(self.gate_name) and self.lanes == _MEASURED_LANES
 
-    def gate_events(self, weights: np.ndarray, layer: Layer) -> dict[str, float]:
-        """Events by gates of one product's weights (K, M) for one output pixel.
+    def gate_events(self, layer: Layer, work: Workload) -> Iterable[dict[str, float]]:
+        """Events by gates for one output pixel, for each of a layer's ``groups`` products.
 
         Those named ``bit`` are still to be multiplied with the mean bits of an activation.
         """
@@ -192,7 +192,7 @@ class DigitSerial(PE):
         totals: dict[str, list[float]] = {}
         bits = gates.stored_bits(work.network, work.activations)
         for layer, mean in zip(work.network, bits, strict=True):
-            products = [self.gate_events(w, layer) for w in _weights(layer, work, self)]
+            products = list(self.gate_events(layer, work))
             for event in products[0]:
                 each = float(sum(events[event] for events in products)) * layer.P
                 each *= float(mean) if event == "bit" else 1.0
@@ -314,14 +314,7 @@ class Stripes(DigitSerial):
 
     def steps(self, layer: Layer, work: Workload) -> Iterable[Steps]:
         """p cycles for every lane; a lane adds in each."""
-        precision = lookup(dict(self.precisions), layer)
-        if self.serial == "weights" and work.weights is not None:
-            weights = _weights(layer, work, self)
-            precision = precision or _precision(weights)
-        elif self.serial == "activations" and work.activations is not None:
-            patches = _patches(layer, work, self)
-            precision = precision or _precision(patches)
-        precision = precision or ACTIVATION_BITS
+        precision = self._precision_of(layer, work)
         groups = int(ceil_div(layer.K, self.lanes))
         serial = np.full((groups, layer.M), precision, np.min_scalar_type(precision))
         steps = Steps(
@@ -337,12 +330,21 @@ class Stripes(DigitSerial):
         """With serial weights."""
         return super().is_measured and self.serial == "weights"
 
-    def gate_events(self, weights: np.ndarray, layer: Layer) -> dict[str, float]:
+    def gate_events(self, layer: Layer, work: Workload) -> Iterable[dict[str, float]]:
         """Groups, their cycles, and bits of weights that change, with those of activations."""
-        precision = lookup(dict(self.precisions), layer) or _precision(weights)
-        changed = _column_changes(weights, self.lanes, precision)
-        groups = float(len(changed) * layer.M)
-        return {"group": groups, "cycle": groups * precision, "bit": float(changed.sum())}
+        precision = self._precision_of(layer, work)
+        for weights in _weights(layer, work, self):
+            changed = _column_changes(weights, self.lanes, precision)
+            groups = float(len(changed) * layer.M)
+            yield {"group": groups, "cycle": groups * precision, "bit": float(changed.sum())}
+
+    def _precision_of(self, layer: Layer, work: Workload) -> int:
+        """Bits of the serial operand, which is checked wherever it is given."""
+        by_weights = self.serial == "weights"
+        found = None
+        if (work.weights if by_weights else work.activations) is not None:
+            found = _precision((_weights if by_weights else _patches)(layer, work, self))
+        return lookup(dict(self.precisions), layer) or found or ACTIVATION_BITS
 
 
 @jax.tree_util.register_dataclass
@@ -389,14 +391,14 @@ class BitPragmatic(DigitSerial):
         """With serial weights."""
         return super().is_measured and self.serial == "weights"
 
-    def gate_events(self, weights: np.ndarray, layer: Layer) -> dict[str, float]:
+    def gate_events(self, layer: Layer, work: Workload) -> Iterable[dict[str, float]]:
         """Groups, their cycles, and terms, with the bits of their activations."""
-        del layer
-        ones = _count_ones(weights)
-        slowest = pad_rows(ones, self.lanes).reshape(-1, self.lanes, ones.shape[1]).max(axis=1)
-        terms = float(ones.sum(dtype=np.int64))
-        cycles = float(np.maximum(slowest, 1).sum(dtype=np.int64))
-        return {"group": float(slowest.size), "cycle": cycles, "term": terms, "bit": terms}
+        for weights in _weights(layer, work, self):
+            ones = _count_ones(weights)
+            slowest = pad_rows(ones, self.lanes).reshape(-1, self.lanes, layer.M).max(axis=1)
+            terms = float(ones.sum(dtype=np.int64))
+            cycles = float(np.maximum(slowest, 1).sum(dtype=np.int64))
+            yield {"group": float(slowest.size), "cycle": cycles, "term": terms, "bit": terms}
 
 
 @jax.tree_util.register_dataclass
@@ -492,15 +494,16 @@ class BitWave(DigitSerial):
         grouped = bits.reshape(-1, self.lanes, *bits.shape[1:])
         return grouped.any(axis=1).sum(axis=-1)
 
-    def gate_events(self, weights: np.ndarray, layer: Layer) -> dict[str, float]:
+    def gate_events(self, layer: Layer, work: Workload) -> Iterable[dict[str, float]]:
         """Groups, their cycles, and in each of these all activations with their bits."""
-        cycles = np.maximum(self._columns(weights), 1).sum(axis=1)
-        used = np.minimum(layer.K - self.lanes * np.arange(len(cycles)), self.lanes)
-        return {
-            "group": float(len(cycles) * layer.M),
-            "cycle": float(cycles.sum()),
-            "bit": float((cycles * used).sum()),
-        }
+        for weights in _weights(layer, work, self):
+            cycles = np.maximum(self._columns(weights), 1).sum(axis=1)
+            used = np.minimum(layer.K - self.lanes * np.arange(len(cycles)), self.lanes)
+            yield {
+                "group": float(len(cycles) * layer.M),
+                "cycle": float(cycles.sum()),
+                "bit": float((cycles * used).sum()),
+            }
 
     def steps(self, layer: Layer, work: Workload) -> Iterable[Steps]:
         """Non-zero columns of each group."""
@@ -581,14 +584,15 @@ class BitVert(DigitSerial):
         """With all columns."""
         return super().is_measured and not self.pruned_columns
 
-    def gate_events(self, weights: np.ndarray, layer: Layer) -> dict[str, float]:
+    def gate_events(self, layer: Layer, work: Workload) -> Iterable[dict[str, float]]:
         """Groups, their columns unlike the one before, and bits that change, as in `Stripes`."""
-        changed = _column_changes(weights, self.lanes, WEIGHT_BITS)
-        return {
-            "group": float(len(changed) * layer.M),
-            "changed_column": float(changed.any(axis=1).sum()),
-            "bit": float(changed.sum()),
-        }
+        for weights in _weights(layer, work, self):
+            changed = _column_changes(weights, self.lanes, WEIGHT_BITS)
+            yield {
+                "group": float(len(changed) * layer.M),
+                "changed_column": float(changed.any(axis=1).sum()),
+                "bit": float(changed.sum()),
+            }
 
     def _rarer_digits(self, weights: np.ndarray) -> float:
         """Ones or zeros, whichever are fewer, over the columns of all sub-groups of (K, M)."""

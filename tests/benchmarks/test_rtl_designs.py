@@ -48,7 +48,7 @@ def test_the_models_cycles_are_the_verilogs(name: str, scale: int) -> None:
     """
     design, pe, budget = DESIGNS[name], OTHERS[name], 5
     rng = np.random.default_rng(1)
-    weights = rng.integers(-scale, max(scale, 1), (1, 9, 8))
+    weights = rng.integers(-scale, scale, (1, 9, 8)) if scale else rng.integers(0, 65, (1, 9, 8))
     if design.takes_terms:
         weights = np.asarray(terms.project(weights, group_size=8, budget=budget, axis=-1))
     activations = rng.integers(0, 128, (1, 8))
@@ -94,6 +94,19 @@ def test_values_and_cycles(name: str) -> None:
     budgets = (1, 3, 6, 8) if design.takes_terms else (1,)
     stimuli = [design.drive(_operands(design, budget), budget) for budget in budgets]
     play_design(design, joined(stimuli))
+
+
+def test_stripes_takes_fewer_columns_where_weights_are_small_or_unsigned() -> None:
+    design, rng = DESIGNS["stripes"], np.random.default_rng(0)
+    for low, high, columns in ((0, 65, 7), (-20, 20, 6), (0, 1, 1)):
+        weights = rng.integers(low, high, (2, 9, 8))
+        weights[0, 0, 0], weights[0, 0, 1] = low, high - 1
+        activations = rng.integers(-128, 128, (2, 8))
+        work = Operands(activations=activations, weights=weights, psums=np.ones((2, 9), int))
+        stimulus = design.drive(work, 8)
+        play_design(design, stimulus)
+        first, end = stimulus.measured
+        assert end - first == 2 * (work.rows + 9 * columns)
 
 
 def test_player_sees_a_wrong_sum() -> None:

@@ -349,3 +349,17 @@ def test_the_measured_table_prices_every_measured_pe():
         hwmodel.TermMac(group_size=8),
     ):
         assert array_pj(pe) > eight
+
+
+def test_a_layer_has_one_precision_in_all_its_products():
+    layer = hwmodel.conv("c", (2, 2), channels=4, filters=4, kernel=(1, 1), groups=2)
+    weights = np.array([[-3, 3, 100, 100], [1, 1, 1, -1]])[None, None]  # 3 bits and 8 bits
+    pe = hwmodel.Stripes(lanes=8, serial="weights")
+    network = hwmodel.Network((layer,))
+    folding = hwmodel.arrays.fold(network, hwmodel.Array(rows=1, cols=1, pe=pe))
+    work = hwmodel.pes.Workload(
+        network=network, folding=folding, weights={"c": weights}, basis="gates"
+    )
+    activity = pe.activity(work)
+    assert activity.gates["stripes_cycle"].item() == 8 * 4 * layer.P
+    assert activity.cycles.item() == 8 * 4 * layer.P
