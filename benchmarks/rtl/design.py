@@ -22,11 +22,13 @@ class Operands:
       weights: integers [folds, filters, group]; for a group PE at most as many NAF terms a group
         as the budget, each below 2**8 in magnitude; for an int8 MAC within int8.
       psums: integers [folds, filters], what comes from the row above.
+      rows: of the array: cycles that a fold's loading takes.
     """
 
     activations: npt.NDArray[np.integer]
     weights: npt.NDArray[np.integer]
     psums: npt.NDArray[np.integer]
+    rows: int = 8
 
     def __post_init__(self) -> None:
         """Checks shapes and the range of activations."""

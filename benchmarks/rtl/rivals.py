@@ -22,14 +22,22 @@ Steps = list[list[int]]  # the step words of each group, [folds * filters][steps
 
 
 def drive_stripes(operands: Operands, budget: int) -> Stimulus:
-    """Bit columns of two's complement weights, the sign column first."""
+    """Bit columns of weights at the precision of all, that of signs first if there are any."""
     del budget
-    bits = operands.weights.astype(np.int64)[..., None] >> _BITS[::-1] & 1
+    weights = operands.weights.astype(np.int64)
+    precision = precision_of(weights)
+    bits = weights[..., None] >> _BITS[:precision][::-1] & 1
     columns = (bits << np.arange(8)[:, None]).sum(axis=-2)  # [folds, filters, columns]
-    columns[..., 0] |= 1 << 8
+    columns[..., 0] |= int(weights.min() < 0) << 8
     zero_point = _zero_point(operands)
     extra = zero_point * operands.weights.sum(axis=-1)
-    return _stimulus(operands, columns.reshape(-1, WIDTH).tolist(), 9, zero_point, extra)
+    return _stimulus(operands, columns.reshape(-1, precision).tolist(), 9, zero_point, extra)
+
+
+def precision_of(weights: npt.NDArray[np.integer]) -> int:
+    """Bits of the weights, in two's complement where one is negative."""
+    magnitude = int(np.maximum(weights, ~weights).max()).bit_length()
+    return max(magnitude + int(weights.min() < 0), 1)
 
 
 def drive_bitwave(operands: Operands, budget: int) -> Stimulus:
@@ -127,7 +135,7 @@ def _assembled(
 ) -> Stimulus:
     folds, filters = operands.psums.shape
     lengths = np.array([len(group) for group in steps])
-    plan = Schedule(folds, lengths.reshape(folds, filters).sum(axis=1))
+    plan = Schedule(folds, lengths.reshape(folds, filters).sum(axis=1), rows=operands.rows)
     last = np.zeros(len(plan.stream), np.int64)
     last[np.cumsum(lengths) - 1] = 1
     closing = plan.stream[last == 1]

@@ -1,6 +1,6 @@
 """Stimuli: operands to port values, cycle by cycle, for each kind of processing element.
 
-All follow the array's schedule. A fold first loads: the activations of the ROWS rows pass through
+All follow the array's schedule. A fold first loads: the activations of all rows pass through
 the PE on their way down and its own come last. Then its filters stream, without a gap. The partial
 sum from above changes in the cycle in which the PE samples it, and stays until the next one, as the
 register of the row above does.
@@ -17,7 +17,6 @@ from benchmarks.rtl.design import Operands, Stimulus
 from stp_jax.hwmodel.rtl import images
 from stp_jax.terms import slot_format
 
-ROWS = 8  # of the array: cycles for which a fold's loading clocks the resident registers
 WIDTH = 8  # bits of activations and weights
 PSUM = 32
 RESET = 2  # cycles of reset before the first fold
@@ -55,16 +54,18 @@ def terms(weights: npt.NDArray[np.integer], slots: int) -> dict[str, npt.NDArray
 class Schedule:
     """Cycles of reset, loads and streaming for folds of ``steps`` cycles; fills ports by fold."""
 
-    def __init__(self, folds: int, steps: int | npt.NDArray[np.integer], *, tail: int = 4) -> None:
+    def __init__(
+        self, folds: int, steps: int | npt.NDArray[np.integer], *, rows: int, tail: int = 4
+    ) -> None:
         """Folds of as many steps each, or of their own number: `stream` is then flat."""
         each = np.broadcast_to(steps, folds)
-        ends = RESET + np.cumsum(ROWS + each)
-        starts = ends - ROWS - each
+        ends = RESET + np.cumsum(rows + each)
+        starts = ends - rows - each
         self.folds = folds
         self.cycles = int(ends[-1]) + tail
         self.measured = (RESET, int(ends[-1]))
-        self.load = starts[:, None] + np.arange(ROWS)
-        streams = [start + ROWS + np.arange(n) for start, n in zip(starts, each, strict=True)]
+        self.load = starts[:, None] + np.arange(rows)
+        streams = [start + rows + np.arange(n) for start, n in zip(starts, each, strict=True)]
         self.stream = np.concatenate(streams)
         if np.ndim(steps) == 0:
             self.stream = self.stream.reshape(folds, -1)
@@ -89,7 +90,8 @@ class Schedule:
         They pass through the PE on their way down; or, with a ``bus`` down the column, each row
         takes its own, this PE the last.
         """
-        passing = words[(np.arange(self.folds)[:, None] - np.arange(ROWS)[::-1]) % self.folds]
+        rows = self.load.shape[1]
+        passing = words[(np.arange(self.folds)[:, None] - np.arange(rows)[::-1]) % self.folds]
         high = np.zeros(self.load.shape, np.int64)
         high[:, -1 if bus else slice(None)] = 1
         return {
@@ -111,7 +113,7 @@ def drive_group(
       psum_delay: cycles from the last slot to that in which ``psum_in`` is sampled.
     """
     folds, filters, group = operands.weights.shape
-    plan = Schedule(folds, filters * budget)
+    plan = Schedule(folds, filters * budget, rows=operands.rows)
     slots = terms(operands.weights, budget)
     last = np.zeros((folds, filters, budget), np.int64)
     last[..., -1] = 1
@@ -144,7 +146,7 @@ def drive_mac(operands: Operands, budget: int, *, latency: int = 1, psum: int = 
     """A MAC PE: one resident activation, one weight a cycle; the budget does not matter."""
     del budget
     single = split(operands, 1)
-    plan = Schedule(*single.psums.shape)
+    plan = Schedule(*single.psums.shape, rows=operands.rows)
     loads = plan.loads(unsigned(single.activations[:, 0], WIDTH))
     inputs = {
         "load": loads["load"],
@@ -236,11 +238,14 @@ def drive_serial(
     """
     tiled = tile(operands, groups=joined, columns=1)
     operands = Operands(
-        activations=tiled.activations[:, 0], weights=tiled.weights, psums=tiled.psums[..., 0]
+        activations=tiled.activations[:, 0],
+        weights=tiled.weights,
+        psums=tiled.psums[..., 0],
+        rows=operands.rows,
     )
     budget *= joined
     folds, filters, group = operands.weights.shape
-    plan = Schedule(folds, filters * budget)
+    plan = Schedule(folds, filters * budget, rows=operands.rows)
     slots = _in_order(terms(operands.weights, budget), order)
     index_bits = (group - 1).bit_length()
     where = slots["valid"] << (slots["index"] if one_hot else index_bits)
@@ -406,7 +411,7 @@ def drive_mac_dot(
     weights = tiled.weights.astype(np.int64)
     words, bits = encode(weights)
     extra = (offset(weights) + zero_point * weights).sum(axis=-1)
-    plan = Schedule(folds, filters)
+    plan = Schedule(folds, filters, rows=operands.rows)
     return Stimulus(
         inputs={
             **plan.loads(pack(resident + zero_point, WIDTH), bus=True),
@@ -502,7 +507,7 @@ def drive_term_dot(
         resident = resident + zero_point
         sums = sums + _offsets(slots, zero_point, form)[..., None]
     words, bits = _term_words(slots, group, indexed=indexed)
-    plan = Schedule(folds, filters * count)
+    plan = Schedule(folds, filters * count, rows=operands.rows)
     return Stimulus(
         inputs={
             **plan.loads(pack(resident, WIDTH), bus=form != "plain"),

@@ -1,8 +1,9 @@
 """All processing elements on ResNet-18 at 224×224, beside the claims of their papers.
 
-One input-stationary 32×32 array, one memory system and one 45 nm table; only the PE differs. The
-group PE and term revealing's tMAC run weights projected onto the budget (first and last layer keep
-every term), every other PE runs them as they are:
+One input-stationary 32×32 array and one memory system; only the PE differs. Computational energy
+comes first by gates, for the PEs whose netlists were measured, then by the 45 nm table for all.
+The group PE and term revealing's tMAC run weights projected onto the budget (first and last layer
+keep every term), every other PE runs them as they are:
 
     python -m experiments.run --exp=hw_compare --set by=area
 
@@ -68,7 +69,8 @@ WHY_CLAIMS_DIFFER = (
     "The claims differ from these figures because the papers compare whole accelerators, with "
     "their own array, buffers and synchronisation, at their own node (65 nm for Pragmatic, 28 nm "
     "for Bitlet, 16 nm for BitWave), against baselines of 16 or 8 bits, on their own networks, "
-    "with synthesised energies. Here one array, memory and 45 nm table serve all."
+    "with synthesised energies. Here one array, one memory and, each by itself, one table by gates "
+    "and one of arithmetic serve all."
 )
 
 
@@ -100,38 +102,63 @@ def _designs(model: Any, network: hwmodel.Network, weights, activations) -> dict
     def array(pe: Any) -> hwmodel.Array:
         return hwmodel.Array(rows=32, cols=32, pe=pe)
 
-    designs = {"BitParallel": hwmodel.Design(array=array(hwmodel.BitParallel(bits=8)))}
-    for pe in (
-        hwmodel.Stripes(),
-        hwmodel.BitPragmatic(),
-        hwmodel.Laconic(),
-        hwmodel.Bitlet(),
-        hwmodel.BitWave(),
-        hwmodel.BitVert(),
-    ):
-        designs[type(pe).__name__] = hwmodel.Design(
-            array=array(pe), weights=weights, activations=activations
-        )
+    int8_pes: dict[str, hwmodel.PE] = {
+        "BitParallel": hwmodel.BitParallel(bits=8),
+        "DotProduct of 1": hwmodel.DotProduct(lanes=1),
+        "DotProduct of 8": hwmodel.DotProduct(lanes=8),
+        "Stripes": hwmodel.Stripes(),
+        "Stripes, serial weights": hwmodel.Stripes(lanes=8, serial="weights"),
+        "BitPragmatic": hwmodel.BitPragmatic(),
+        "BitPragmatic, serial weights": hwmodel.BitPragmatic(lanes=8, serial="weights"),
+        "Laconic": hwmodel.Laconic(),
+        "Bitlet": hwmodel.Bitlet(),
+        "BitWave": hwmodel.BitWave(),
+        "BitVert": hwmodel.BitVert(lanes=8),
+    }
+    designs = {
+        name: hwmodel.Design(array=array(pe), weights=weights, activations=activations)
+        for name, pe in int8_pes.items()
+    }
     group_pe, pruned = stp_jax.group_pe(model), stp_jax.integer_weights(model)
     term_pes = {
         "TermMac": hwmodel.TermMac(group_size=group_pe.group_size, grouping=group_pe.grouping),
         "GroupPE": group_pe,
         "GroupPE packed": stp_jax.group_pe(model, packed=True),
+        "GroupPE of 4 lanes": dataclasses.replace(group_pe, lanes=4),
     }
     for name, term_pe in term_pes.items():
         designs[name] = hwmodel.Design(
-            array=array(term_pe), budgets=stp_jax.budgets(model), weights=pruned
+            array=array(term_pe),
+            budgets=stp_jax.budgets(model),
+            weights=pruned,
+            activations=activations,
         )
     return designs
 
 
+def _without_nan(frame: pd.DataFrame) -> pd.DataFrame:
+    """None where a figure is missing, as JSON has it."""
+    return frame.astype(object).where(frame.notna(), None)
+
+
 def run(config: HardwareConfig, workdir: Path, console: Console) -> None:
-    """Prints the comparison and writes it to `results.json`."""
+    """Prints the comparison, by gates and by the table, and writes it to `results.json`."""
     model, network, weights, activations = _workload(config)
     source = config.init_from or "He-initialised, untrained"
     designs = _designs(model, network, weights, activations)
-    frame = hwmodel.compare(network, designs, by=config.by).drop(columns="pe")
+    reference = next(iter(designs.values()))
+    if config.by is not None:
+        for name, design in list(designs.items())[1:]:
+            designs[name] = hwmodel.match(design, reference, network, by=config.by)
+    by_gates = hwmodel.compare_by_gates(network, designs)
+    frame = hwmodel.compare(network, designs).drop(columns="pe")
     print(f"weights: {source}; activations: one image of noise; first and last layer int8")
+    print("\narray energy by gates, 45 nm; saving over the int8 dot product of the same class:")
+    print(by_gates.drop(columns="reason").to_string(float_format="{:.2f}".format, na_rep="-"))
+    for name, reason in by_gates["reason"].items():
+        if reason:
+            console.print(f"{name}: {reason}", highlight=False, markup=False)
+    print("\nby the 45 nm table of arithmetic:")
     with pd.option_context("display.width", 200, "display.max_columns", None):
         print(frame.round(2).to_string())
     print("\nclaims of the papers:")
@@ -143,6 +170,7 @@ def run(config: HardwareConfig, workdir: Path, console: Console) -> None:
         "config": dataclasses.asdict(config),
         "weights": source,
         "activations": "one image of Gaussian noise",
+        "designs_by_gates": _without_nan(by_gates).to_dict(orient="index"),
         "designs": frame.to_dict(orient="index"),
         "claims": CLAIMS,
     }

@@ -9,6 +9,8 @@ from stp_jax.hwmodel.bitserial import Laconic as Laconic
 from stp_jax.hwmodel.bitserial import Stripes as Stripes
 from stp_jax.hwmodel.compare import Design as Design
 from stp_jax.hwmodel.compare import compare as compare
+from stp_jax.hwmodel.compare import compare_by_gates as compare_by_gates
+from stp_jax.hwmodel.compare import int8_baseline as int8_baseline
 from stp_jax.hwmodel.compare import match as match
 from stp_jax.hwmodel.compare import peak_macs as peak_macs
 from stp_jax.hwmodel.compare import sensitivity as sensitivity
@@ -29,6 +31,7 @@ from stp_jax.hwmodel.network import dense as dense
 from stp_jax.hwmodel.network import matmul as matmul
 from stp_jax.hwmodel.pes import PE as PE
 from stp_jax.hwmodel.pes import BitParallel as BitParallel
+from stp_jax.hwmodel.pes import DotProduct as DotProduct
 from stp_jax.hwmodel.plots import plot_energy as plot_energy
 from stp_jax.hwmodel.plots import plot_roofline as plot_roofline
 from stp_jax.hwmodel.plots import plot_sensitivity as plot_sensitivity

@@ -14,17 +14,22 @@ differ in array, buffers and in how far lanes may run ahead; here only the PE di
 
 Arithmetic energy is derived: published event counts (additions, shifts) times the table's entries.
 Adder trees count one int16 addition a lane, PE accumulators one int32 addition a cycle.
+
+By gates, PEs of 8 lanes that take weights bit by bit were measured (``benchmarks/rtl/verilog``). A
+PE that waits for a slower one is taken to cost nothing, and what turns weights into bits at the
+array's edge is not counted: both favour these PEs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import numpy as np
 
+from stp_jax.hwmodel import gates
 from stp_jax.hwmodel.folding import Extents
 from stp_jax.hwmodel.network import Layer
 from stp_jax.hwmodel.numbers import Real, Vector, ceil_div, check_numbers, namespace_of
@@ -45,6 +50,7 @@ from stp_jax.hwmodel.pes import (
     composed_area,
     operand_register_bits,
     refuse_budgets,
+    refuse_unmeasured,
 )
 from stp_jax.hwmodel.technology import Technology
 from stp_jax.hwmodel.term_histogram import check_names, lookup
@@ -52,6 +58,9 @@ from stp_jax.terms import count_table
 
 WEIGHT_BITS = 8
 _SUBGROUP = 8  # of BitVert's lanes, sec. IV-A of its paper
+_MEASURED_LANES = 8  # of the PEs in tables by gates
+
+Serial = Literal["activations", "weights"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +95,7 @@ class DigitSerial(PE):
     step_events: ClassVar[dict[str, float]] = {}  # by each PE, once a step
     lane_register_bits: ClassVar[float] = 0.0  # clocked by an effectual addition
     accumulator_clock: ClassVar[Literal["cycle", "step"]] = "cycle"  # when the PE's sum is written
+    gate_name: ClassVar[str] = ""  # how its entries in tables by gates begin
 
     def __post_init__(self) -> None:
         """Checks the lanes."""
@@ -109,7 +119,7 @@ class DigitSerial(PE):
         return self.lanes / WEIGHT_BITS
 
     def area_um2(self, technology: Technology) -> Real:
-        """Derived: the lanes' events as blocks, one accumulator, both operands' registers."""
+        """Measured where the table has it; else derived: the lanes' events as blocks, registers."""
         blocks: dict[str, float] = {}
         for name, n in (
             *((e, n * self.lanes) for e, n in self.lane_events.items()),
@@ -117,17 +127,33 @@ class DigitSerial(PE):
         ):
             blocks[name] = blocks.get(name, 0.0) + n
         operands = self.lanes * (ACTIVATION_BITS + WEIGHT_BITS)
-        return composed_area(technology, blocks, operands + ACCUMULATOR_BITS)
+        measured = f"{self.gate_name}_pe" if self.is_measured else ""
+        return composed_area(technology, blocks, operands + ACCUMULATOR_BITS, measured)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the netlist of a PE like this one was measured, see ``measured``."""
+        return bool(self.gate_name) and self.lanes == _MEASURED_LANES
+
+    def gate_events(self, layer: Layer, work: Workload) -> Iterable[dict[str, float]]:
+        """Events by gates for one output pixel, for each of a layer's ``groups`` products.
+
+        Those named ``bit`` are still to be multiplied with the mean bits of an activation.
+        """
+        raise NotImplementedError
 
     def activity(self, work: Workload) -> Activity:
         """Exact cycles from the operands' digits.
 
         Raises:
-          ValueError: traced designs, budgets, or operands that the rule needs and lacks.
+          ValueError: traced designs, budgets, operands that the rule needs and lacks, or a
+            technology by gates that has no PE like this one.
         """
         refuse_budgets(self, work)
         if namespace_of(work.folding.K) is not np:
             raise ValueError(f"{type(self).__name__} reads real digits and cannot be traced")
+        if work.basis == "gates" and not (self.is_measured and work.folding.dataflow == "is"):
+            refuse_unmeasured(self, work.folding.dataflow)
         for what in ("weights", "activations"):
             check_names(what, getattr(work, what) or {}, work.network)
         counted = np.array([self._count(layer, work) for layer in work.network], np.float64)
@@ -158,7 +184,21 @@ class DigitSerial(PE):
             ),
             encoder=None,
             weight_bits=float(WEIGHT_BITS),
+            gates=self._all_gate_events(work) if work.basis == "gates" else None,
         )
+
+    def _all_gate_events(self, work: Workload) -> dict[str, Vector]:
+        """Events of a table by gates, real vectors over layers."""
+        totals: dict[str, list[float]] = {}
+        bits = gates.stored_bits(work.network, work.activations)
+        for layer, mean in zip(work.network, bits, strict=True):
+            products = list(self.gate_events(layer, work))
+            for event in products[0]:
+                each = float(sum(events[event] for events in products)) * layer.P
+                each *= float(mean) if event == "bit" else 1.0
+                totals.setdefault(f"{self.gate_name}_{event}", []).append(each)
+        counted = {name: np.array(counts) for name, counts in totals.items()}
+        return {**counted, **gates.bus_events(work.folding, self.gate_name)}
 
     def _count(self, layer: Layer, work: Workload) -> tuple[int, float, int]:
         """Streaming cycles, effectual additions, and cycles that PEs work."""
@@ -182,6 +222,18 @@ def _magnitude_bits(values: np.ndarray) -> np.ndarray:
     return (np.abs(values)[..., None] >> np.arange(WEIGHT_BITS)) & 1
 
 
+def _count_ones(values: np.ndarray) -> np.ndarray:
+    """Ones of magnitudes, uint8."""
+    return np.bitwise_count(np.abs(values)).astype(np.uint8)
+
+
+def _check_serial(pe: Stripes | BitPragmatic) -> None:
+    if pe.serial not in get_args(Serial):
+        raise ValueError(
+            f"{type(pe).__name__}: serial must be one of {get_args(Serial)}, got {pe.serial!r}"
+        )
+
+
 def _ones(layer: Layer, operand: str, rows: int) -> np.ndarray:
     """The factor of an operand that does not matter to the cycles."""
     return np.ones((rows, layer.M if operand == "weights" else layer.P), np.uint8)
@@ -197,6 +249,24 @@ def _weights(layer: Layer, work: Workload, pe: DigitSerial) -> np.ndarray:
     return layer_weights(layer, weights, WEIGHT_BITS)
 
 
+def _column_changes(weights: np.ndarray, lanes: int, precision: int) -> np.ndarray:
+    """Bits that differ from the cycle before, where columns come with the sign first.
+
+    Args:
+      weights: (K, M), in two's complement; filters follow each other.
+      lanes: of a group along K.
+      precision: columns of a weight.
+
+    Returns:
+      bool (groups, lanes, M * precision).
+    """
+    columns = np.arange(precision, dtype=np.int16)[::-1]
+    bits = (weights.astype(np.int16)[..., None] >> columns) & 1 == 1
+    changed = pad_rows(bits.reshape(len(weights), -1), lanes)
+    changed[:, 1:] ^= changed[:, :-1].copy()
+    return changed.reshape(-1, lanes, changed.shape[1])
+
+
 def _precision(x: np.ndarray) -> int:
     """Bits of the integers, in two's complement where one is negative."""
     low, high = int(x.min()), int(x.max())
@@ -207,17 +277,23 @@ def _precision(x: np.ndarray) -> int:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stripes(DigitSerial):
-    """Activations bit by bit, weights in parallel: as many cycles as the layer's precision.
+    """One operand bit by bit, the other in parallel: as many cycles as the layer's precision.
 
     Attributes:
-      precisions: bits of each layer's activations by layer name, as its paper finds them by
-        profiling. A layer left out has the precision of its largest activation if
-        ``activations`` are given (two's complement where one is negative), else 8.
+      serial: the operand that comes bit by bit: ``activations``, as in the paper, or ``weights``,
+        as where inputs are resident.
+      precisions: bits of each layer's serial operand by layer name, as its paper finds them by
+        profiling. A layer left out has the precision of the largest value if ``activations`` or
+        ``weights`` are given (two's complement where one is negative), else 8.
 
     Raises:
-      ValueError: a precision is not a positive integer.
+      ValueError: a precision is not a positive integer, or the serial operand is neither.
     """
 
+    gate_name: ClassVar[str] = "stripes"
+    measured: ClassVar[str] = "lanes=8 and serial='weights'"
+
+    serial: Serial = dataclasses.field(default="activations", metadata={"static": True})
     precisions: Mapping[str, int] | tuple[tuple[str, int], ...] = dataclasses.field(
         default=(), metadata={"static": True}
     )
@@ -225,6 +301,7 @@ class Stripes(DigitSerial):
     def __post_init__(self) -> None:
         """Checks the lanes and the precisions, which are kept as a hashable tuple."""
         super().__post_init__()
+        _check_serial(self)
         precisions = dict(self.precisions)
         checked: dict[str, Any] = {f"precision of {n!r}": bits for n, bits in precisions.items()}
         check_numbers("Stripes", **checked)
@@ -237,11 +314,7 @@ class Stripes(DigitSerial):
 
     def steps(self, layer: Layer, work: Workload) -> Iterable[Steps]:
         """p cycles for every lane; a lane adds in each."""
-        precision = lookup(dict(self.precisions), layer)
-        if work.activations is not None:
-            patches = _patches(layer, work, self)
-            precision = precision or _precision(patches)
-        precision = precision or ACTIVATION_BITS
+        precision = self._precision_of(layer, work)
         groups = int(ceil_div(layer.K, self.lanes))
         serial = np.full((groups, layer.M), precision, np.min_scalar_type(precision))
         steps = Steps(
@@ -252,25 +325,80 @@ class Stripes(DigitSerial):
         )
         return [steps] * layer.groups
 
+    @property
+    def is_measured(self) -> bool:
+        """With serial weights."""
+        return super().is_measured and self.serial == "weights"
+
+    def gate_events(self, layer: Layer, work: Workload) -> Iterable[dict[str, float]]:
+        """Groups, their cycles, and bits of weights that change, with those of activations."""
+        precision = self._precision_of(layer, work)
+        for weights in _weights(layer, work, self):
+            changed = _column_changes(weights, self.lanes, precision)
+            groups = float(len(changed) * layer.M)
+            yield {"group": groups, "cycle": groups * precision, "bit": float(changed.sum())}
+
+    def _precision_of(self, layer: Layer, work: Workload) -> int:
+        """Bits of the serial operand, which is checked wherever it is given."""
+        by_weights = self.serial == "weights"
+        found = None
+        if (work.weights if by_weights else work.activations) is not None:
+            found = _precision((_weights if by_weights else _patches)(layer, work, self))
+        return lookup(dict(self.precisions), layer) or found or ACTIVATION_BITS
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BitPragmatic(DigitSerial):
-    """An activation's essential bits one by one; a lane takes as many cycles as it has ones."""
+    """A value's essential bits one by one; a lane takes as many cycles as it has ones.
+
+    Attributes:
+      serial: the operand whose bits are taken: ``activations``, as in the paper, or ``weights``, as
+        where inputs are resident.
+
+    Raises:
+      ValueError: the serial operand is neither.
+    """
+
+    gate_name: ClassVar[str] = "pragmatic"
+    measured: ClassVar[str] = "lanes=8 and serial='weights'"
+
+    serial: Serial = dataclasses.field(default="activations", metadata={"static": True})
 
     lane_events: ClassVar[dict[str, float]] = {"int8_shift": 1.0, "int16_add": 1.0}
     cycle_events: ClassVar[dict[str, float]] = {"int32_add": 1.0}
 
+    def __post_init__(self) -> None:
+        """Checks the lanes and the serial operand."""
+        super().__post_init__()
+        _check_serial(self)
+
     def steps(self, layer: Layer, work: Workload) -> Iterable[Steps]:
-        """Ones of each activation."""
-        for patches in _patches(layer, work, self):
-            ones = np.bitwise_count(np.abs(patches)).astype(np.uint8)
+        """Ones of each value of the serial operand."""
+        by_weights = self.serial == "weights"
+        for values in (_weights if by_weights else _patches)(layer, work, self):
+            ones = _count_ones(values)
+            other = _ones(layer, "activations" if by_weights else "weights", layer.K)
             yield Steps(
-                weight_side=_ones(layer, "weights", layer.K),
-                activation_side=ones,
+                weight_side=ones if by_weights else other,
+                activation_side=other if by_weights else ones,
                 lanes=self.lanes,
-                additions=float(ones.sum(dtype=np.int64) * layer.M),
+                additions=float(ones.sum(dtype=np.int64) * other.shape[1]),
             )
+
+    @property
+    def is_measured(self) -> bool:
+        """With serial weights."""
+        return super().is_measured and self.serial == "weights"
+
+    def gate_events(self, layer: Layer, work: Workload) -> Iterable[dict[str, float]]:
+        """Groups, their cycles, and terms, with the bits of their activations."""
+        for weights in _weights(layer, work, self):
+            ones = _count_ones(weights)
+            slowest = pad_rows(ones, self.lanes).reshape(-1, self.lanes, layer.M).max(axis=1)
+            terms = float(ones.sum(dtype=np.int64))
+            cycles = float(np.maximum(slowest, 1).sum(dtype=np.int64))
+            yield {"group": float(slowest.size), "cycle": cycles, "term": terms, "bit": terms}
 
 
 @jax.tree_util.register_dataclass
@@ -351,18 +479,36 @@ class BitWave(DigitSerial):
     group have a zero there. All lanes add in each cycle, zeros within a column included.
     """
 
+    gate_name: ClassVar[str] = "bitwave"
+    measured: ClassVar[str] = "lanes=8"
+
     lanes: int = dataclasses.field(default=8, metadata={"static": True})
 
     def nominal_macs(self, budget: Real | None = None) -> Real:
         """All lanes in seven magnitude columns."""
         return self.lanes / (WEIGHT_BITS - 1)
 
+    def _columns(self, weights: np.ndarray) -> np.ndarray:
+        """Columns of each group that are not zero: (K, M) -> (groups, M)."""
+        bits = pad_rows(_magnitude_bits(weights), self.lanes)
+        grouped = bits.reshape(-1, self.lanes, *bits.shape[1:])
+        return grouped.any(axis=1).sum(axis=-1)
+
+    def gate_events(self, layer: Layer, work: Workload) -> Iterable[dict[str, float]]:
+        """Groups, their cycles, and in each of these all activations with their bits."""
+        for weights in _weights(layer, work, self):
+            cycles = np.maximum(self._columns(weights), 1).sum(axis=1)
+            used = np.minimum(layer.K - self.lanes * np.arange(len(cycles)), self.lanes)
+            yield {
+                "group": float(len(cycles) * layer.M),
+                "cycle": float(cycles.sum()),
+                "bit": float((cycles * used).sum()),
+            }
+
     def steps(self, layer: Layer, work: Workload) -> Iterable[Steps]:
         """Non-zero columns of each group."""
         for weights in _weights(layer, work, self):
-            bits = pad_rows(_magnitude_bits(weights), self.lanes)
-            columns = bits.reshape(-1, self.lanes, layer.M, WEIGHT_BITS).any(axis=1)
-            cycles = columns.sum(axis=-1)
+            cycles = self._columns(weights)
             yield Steps(
                 weight_side=cycles.astype(np.uint8),
                 activation_side=_ones(layer, "activations", len(cycles)),
@@ -382,6 +528,9 @@ class BitVert(DigitSerial):
     everywhere, so that no PE waits; its sensitive channels, which keep all eight, are left out. The
     weights are taken as given: pruning is not applied to them.
     """
+
+    gate_name: ClassVar[str] = "bitvert"
+    measured: ClassVar[str] = "lanes=8 and pruned_columns=0"
 
     pruned_columns: int = dataclasses.field(default=0, metadata={"static": True})
 
@@ -406,10 +555,11 @@ class BitVert(DigitSerial):
         return self.lanes / self.columns
 
     def area_um2(self, technology: Technology) -> Real:
-        """Derived: adders for half of the lanes, accumulator, all operands."""
+        """Measured, or derived: adders for half of the lanes, accumulator, all operands."""
         blocks = {"int16_add": self.lanes / 2 + 1, "int32_add": 1.0, "int8_shift": 1.0}
         operands = self.lanes * (ACTIVATION_BITS + WEIGHT_BITS)
-        return composed_area(technology, blocks, operands + ACCUMULATOR_BITS)
+        measured = f"{self.gate_name}_pe" if self.is_measured else ""
+        return composed_area(technology, blocks, operands + ACCUMULATOR_BITS, measured)
 
     def steps(self, layer: Layer, work: Workload) -> Iterable[Steps]:
         """One cycle a column; its rarer digit is added, half of the lanes if weights are unknown.
@@ -428,6 +578,21 @@ class BitVert(DigitSerial):
                 lanes=1,
                 additions=additions * layer.P,
             )
+
+    @property
+    def is_measured(self) -> bool:
+        """With all columns."""
+        return super().is_measured and not self.pruned_columns
+
+    def gate_events(self, layer: Layer, work: Workload) -> Iterable[dict[str, float]]:
+        """Groups, their columns unlike the one before, and bits that change, as in `Stripes`."""
+        for weights in _weights(layer, work, self):
+            changed = _column_changes(weights, self.lanes, WEIGHT_BITS)
+            yield {
+                "group": float(len(changed) * layer.M),
+                "changed_column": float(changed.any(axis=1).sum()),
+                "bit": float(changed.sum()),
+            }
 
     def _rarer_digits(self, weights: np.ndarray) -> float:
         """Ones or zeros, whichever are fewer, over the columns of all sub-groups of (K, M)."""

@@ -5,23 +5,39 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import pandas as pd
 
+from stp_jax.hwmodel import gates
 from stp_jax.hwmodel.arrays import Array
 from stp_jax.hwmodel.encoders import array_area_um2
 from stp_jax.hwmodel.evaluate import evaluate
 from stp_jax.hwmodel.group_pe import GroupPE
 from stp_jax.hwmodel.network import Network
 from stp_jax.hwmodel.numbers import Budgets, Operands, Real
+from stp_jax.hwmodel.pes import PE, BitParallel, DotProduct
 from stp_jax.hwmodel.report import Report, computational_saving
-from stp_jax.hwmodel.technology import HOROWITZ_45NM, MissingEntryError, Technology
+from stp_jax.hwmodel.technology import (
+    HOROWITZ_45NM,
+    NANGATE_45NM_GATES,
+    MissingEntryError,
+    Technology,
+)
 from stp_jax.hwmodel.term_histogram import GroupTerms
 
 Match = Literal["area", "throughput"]
+_GATES_COLUMNS = (
+    "pj_per_mac",
+    "encoder_pj_per_mac",
+    "class_lanes",
+    "saving",
+    "saving_with_encoder",
+    "saving_over_dot_8",
+    "reason",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,14 +138,9 @@ def compare(
       ValueError: no designs, or what `match` and `evaluate` refuse.
       TypeError: designs that are not a mapping of arrays or `Design`.
     """
-    if not isinstance(designs, Mapping):
-        raise TypeError(
-            "designs must be a mapping from names to arrays or Designs, such as "
-            f'{{"int8": array}}, got {type(designs).__name__}'
-        )
-    if not designs:
+    chosen = _as_designs(designs)
+    if not chosen:
         raise ValueError("nothing to compare: give at least a baseline")
-    chosen = {n: d if isinstance(d, Design) else Design(array=d) for n, d in designs.items()}
     reference = next(iter(chosen.values()))
     if by is not None:
         chosen = {
@@ -154,6 +165,15 @@ def compare(
         _row(chosen[name].array, report, baseline, technology) for name, report in reports.items()
     ]
     return pd.DataFrame(rows, index=pd.Index(list(chosen), name="design"))
+
+
+def _as_designs(designs: Mapping[str, Array | Design]) -> dict[str, Design]:
+    if not isinstance(designs, Mapping):
+        raise TypeError(
+            "designs must be a mapping from names to arrays or Designs, such as "
+            f'{{"int8": array}}, got {type(designs).__name__}'
+        )
+    return {n: d if isinstance(d, Design) else Design(array=d) for n, d in designs.items()}
 
 
 def _known_area_um2(array: Array, technology: Technology) -> float:
@@ -182,6 +202,75 @@ def _row(
         "array_saving_with_encoder": computational_saving(baseline, report, encoder=True),
         "total_saving": baseline.total_energy_pj / report.total_energy_pj,
     }
+
+
+def int8_baseline(pe: PE) -> DotProduct:
+    """The int8 PE of least energy by gates in a PE's throughput class: a dot product of 1 or of 8.
+
+    The class is that of multiplications a cycle, at eight bits and, for group PEs, at one term a
+    weight; a PE belongs to that dot product whose rate is nearer in ratio.
+    """
+    rate = pe.nominal_macs(pe.group_size if isinstance(pe, GroupPE) else None)
+    lanes = min(gates.DOT_LANES, key=lambda lanes: abs(math.log(rate / lanes)))
+    return DotProduct(lanes=lanes)
+
+
+def compare_by_gates(
+    network: Network,
+    designs: Mapping[str, Array | Design],
+    *,
+    technology: Technology = NANGATE_45NM_GATES,
+) -> pd.DataFrame:
+    """Computational energy by gates, and the saving over the strongest measured int8 PEs.
+
+    Args:
+      network: the layers.
+      designs: arrays by name, as in `compare`; none of them is the baseline.
+      technology: a table by gates.
+
+    Returns:
+      One row a design. ``pj_per_mac``: array energy for each multiply-accumulate of the network;
+      ``encoder_pj_per_mac``: that of the array's edge, NaN where it was not measured;
+      ``class_lanes``: of the `int8_baseline`; ``saving``, ``saving_with_encoder``: of array energy
+      over that baseline on the same array; ``saving_over_dot_8``: over the dot product of 8
+      whatever the class, the int8 PE of least energy in the table; ``reason``: why energies are
+      NaN, else empty.
+
+    Raises:
+      ValueError: the technology is not by gates, or what `evaluate` refuses, save PEs that were not
+        measured.
+      TypeError: designs that are not a mapping of arrays or `Design`.
+    """
+    if technology.basis != "gates":
+        raise ValueError(f"technology {technology.name!r} is by the table, not by gates")
+    chosen = _as_designs(designs)
+    rows = [_gates_row(network, design, technology) for design in chosen.values()]
+    return pd.DataFrame(rows, index=pd.Index(list(chosen), name="design"))
+
+
+def _gates_row(network: Network, design: Design, technology: Technology) -> dict[str, object]:
+    baseline = int8_baseline(design.array.pe)
+
+    def report(pe: PE, **operands: Any) -> Report:
+        array = dataclasses.replace(design.array, pe=pe)
+        given = {"activations": design.activations, "technology": technology, **operands}
+        return evaluate(network, array, **given)
+
+    row: dict[str, object] = dict.fromkeys(_GATES_COLUMNS, math.nan)
+    row |= {"class_lanes": baseline.lanes, "reason": ""}
+    try:
+        ours = report(design.array.pe, budgets=design.budgets, weights=design.weights)
+    except MissingEntryError as error:
+        return row | {"reason": str(error)}
+    int8, strongest = report(baseline), report(DotProduct(lanes=max(gates.DOT_LANES)))
+    row["pj_per_mac"] = ours.energy_pj["array"].sum() / network.macs
+    row["saving"] = computational_saving(int8, ours)
+    row["saving_over_dot_8"] = computational_saving(strongest, ours)
+    # Serialisers and schedulers of the digit-serial PEs are not in the table.
+    if isinstance(design.array.pe, GroupPE | BitParallel | DotProduct):
+        row["encoder_pj_per_mac"] = ours.energy_pj["encoder"].sum() / network.macs
+        row["saving_with_encoder"] = computational_saving(int8, ours, encoder=True)
+    return row
 
 
 def sensitivity(

@@ -22,13 +22,12 @@ from stp_jax.hwmodel.numbers import (
     namespace_for,
     namespace_of,
 )
-from stp_jax.hwmodel.pes import PE, Activity, BitParallel, Workload
+from stp_jax.hwmodel.pes import PE, Activity, BitParallel, DotProduct, Workload, refuse_unmeasured
 from stp_jax.hwmodel.report import Report
 from stp_jax.hwmodel.smoothing import check_smoothing, smooth_maximum
 from stp_jax.hwmodel.technology import (
     HOROWITZ_45NM,
     SHIFT_MULTIPLEXERS,
-    MissingEntryError,
     Technology,
 )
 from stp_jax.hwmodel.term_histogram import GroupTerms
@@ -108,6 +107,7 @@ def evaluate(
         weights=weights,
         activations=activations,
         smoothing=smoothing,
+        basis=technology.basis,
     )
     activity = array.pe.activity(work)
     moved = traffic(network, array, folding, activity.weight_bits, smoothing)
@@ -151,7 +151,9 @@ def _check_kinds(network: object, array: object, weights: object, technology: ob
             "weights must be a mapping from layer names to integers, or what measure_terms "
             f"returns, got {type(weights).__name__}"
         )
-    if isinstance(weights, GroupTerms) and not isinstance(array.pe, GroupPE | BitParallel):
+    if isinstance(weights, GroupTerms) and not isinstance(
+        array.pe, GroupPE | BitParallel | DotProduct
+    ):
         raise TypeError(
             f"{type(array.pe).__name__} reads the weights' digits: weights must be a mapping from "
             "layer names to integers, not the GroupTerms of measure_terms, which are for GroupPE"
@@ -214,11 +216,7 @@ def _gate_energy(
 ) -> dict[str, Vector]:
     """As `_energy`, of PEs and edges measured as a whole."""
     if activity.gates is None:
-        raise MissingEntryError(
-            f"technology {technology.name!r} was measured on netlists of BitParallel(bits=8) and "
-            f"GroupPE(group_size=8), inputs resident; it has no {array.pe!r} in dataflow "
-            f"{array.dataflow!r}"
-        )
+        refuse_unmeasured(array.pe, array.dataflow)
     xp = namespace_of(moved.dram_bytes, *technology.energy_pj.values())
     edge: dict[str, Vector] = {}
     if activity.encoder is not None and activity.edge is not None:

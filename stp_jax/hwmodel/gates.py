@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 from jax.typing import ArrayLike
 
+from stp_jax import terms
 from stp_jax.hwmodel.folding import Folding
 from stp_jax.hwmodel.network import Network
 from stp_jax.hwmodel.numbers import Operands, Vector, as_real, namespace_of
@@ -21,10 +22,13 @@ from stp_jax.hwmodel.smoothing import smooth_minimum
 from stp_jax.hwmodel.term_histogram import lookup
 
 GROUP_SIZE = 8  # of the measured group PE
+DOT_LANES = (1, 8)  # of the measured dot products
 BITS = 8
 # Of activations where they are not given: half-Gaussian with 40 % zeros, as in the measurements.
 LIVE_SHARE = 0.6
 MEAN_BITS = 3.0
+MEAN_DATA_TERMS = 1.4  # of at most three
+DATA_TERMS = 3  # of an activation, in the measured tMAC
 
 MAC_EVENTS = ("mac", "mac_bit", "mac_load")
 GROUP_EVENTS = (
@@ -41,9 +45,14 @@ GROUP_EVENTS = (
 EDGE_EVENTS = ("edge_group", "edge_second_slot", "edge_further_slot")
 
 
+def dot_name(lanes: int) -> str:
+    """How a table's entries for an int8 dot product of this many lanes begin."""
+    return f"dot_{lanes}"
+
+
 def lane_event_names(lanes: int) -> tuple[str, ...]:
     """Entries of a table for group PEs of several lanes and their edge."""
-    pe = ("", "_moved_lane", "_bit", "_load")
+    pe = ("", "_moved_lane", "_bit", "_load", "_bus")
     edge = ["group", "second_term", "third_term", "further_pass", "early_term", "vacant_lane"]
     if lanes == 2:
         edge.remove("third_term")
@@ -72,6 +81,15 @@ def stored_bits(network: Network, activations: Operands | None) -> np.ndarray:
     return _means(network, activations, lambda a: _bits(stored(a)), MEAN_BITS)
 
 
+def mean_data_terms(network: Network, activations: Operands | None) -> np.ndarray:
+    """Mean NAF terms of each layer's activations, none with over three; 1.4 where not given."""
+
+    def held(values: np.ndarray) -> np.ndarray:
+        return np.minimum(np.asarray(terms.count(_magnitudes(values))), DATA_TERMS)
+
+    return _means(network, activations, held, MEAN_DATA_TERMS)
+
+
 def _magnitudes(values: np.ndarray) -> np.ndarray:
     """Magnitudes of activations; those of 8 bits are halved, as PEs take int8."""
     magnitudes = np.abs(values)
@@ -97,8 +115,19 @@ def _means(
 
 
 def load_cycles(folding: Folding) -> Vector:
-    """PE-cycles in which resident activations move down a row: R * R * C in each fold."""
+    """PE-cycles of loading: R * R * C in each fold."""
     return folding.folds * folding.rows * folding.rows * folding.cols
+
+
+def bus_events(folding: Folding, name: str) -> dict[str, Vector]:
+    """Loading where each row takes its activations from the column's bus, for entries of a name.
+
+    In each fold every PE loads once, and sees the bus for as many cycles as the array has rows.
+    """
+    return {
+        f"{name}_load": folding.folds * folding.rows * folding.cols,
+        f"{name}_bus": load_cycles(folding),
+    }
 
 
 def mac_events(folding: Folding, bits: np.ndarray) -> dict[str, Vector]:
@@ -108,6 +137,23 @@ def mac_events(folding: Folding, bits: np.ndarray) -> dict[str, Vector]:
         "mac": folding.macs,
         "mac_bit": folding.macs * as_real(bits, xp),
         "mac_load": load_cycles(folding),
+    }
+
+
+def dot_events(folding: Folding, lanes: int, steps: Vector, bits: np.ndarray) -> dict[str, Vector]:
+    """Events of `DotProduct` PEs, real vectors over layers.
+
+    Args:
+      folding: of the network onto the array.
+      lanes: of a PE.
+      steps: dot products of all PEs, by layer.
+      bits: of the activations, as `mean_bits`.
+    """
+    name = dot_name(lanes)
+    return {
+        f"{name}_step": steps,
+        f"{name}_bit": folding.macs * as_real(bits, namespace_of(folding.K)),
+        **bus_events(folding, name),
     }
 
 
@@ -180,7 +226,25 @@ def lane_events(
         f"pass_{lanes}_bit": terms * as_real(bits, xp),
     }
     by_pixel = {name: count * folding.P for name, count in each.items()}
-    return {**by_pixel, f"pass_{lanes}_load": load_cycles(folding)}
+    return {**by_pixel, **bus_events(folding, f"pass_{lanes}")}
+
+
+def term_mac_events(
+    folding: Folding, groups: Vector, slots: Vector, held: Vector, data_terms: np.ndarray
+) -> dict[str, Vector]:
+    """Events of `TermMac` PEs, real vectors over layers.
+
+    Args:
+      folding: of the network onto the array.
+      groups: of all filters and products, each met once by every output pixel; by layer.
+      slots: for pairs in these groups, filled or not.
+      held: weight terms in these groups.
+      data_terms: mean terms of an activation.
+    """
+    pairs = held * as_real(data_terms, namespace_of(held))
+    each = {"term_mac_group": groups, "term_mac_slot": slots, "term_mac_pair": pairs}
+    by_pixel = {name: count * folding.P for name, count in each.items()}
+    return {**by_pixel, **bus_events(folding, "term_mac")}
 
 
 def edge_events(budgets: Vector, smoothing: float) -> dict[str, Vector]:

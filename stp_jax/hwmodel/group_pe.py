@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -82,6 +83,8 @@ class GroupPE(PE):
     Raises:
       ValueError: group_size, bits or lanes not a positive integer, unknown encoding or grouping.
     """
+
+    measured: ClassVar[str] = "group_size=8, bits=8 and lanes=1 or lanes=4"
 
     group_size: Real = dataclasses.field(default=8, metadata=INTEGER)
     encoding: terms.Encoding = dataclasses.field(default="naf", metadata={"static": True})
@@ -227,9 +230,7 @@ class GroupPE(PE):
         held: Callable[[Vector], Vector],
     ) -> dict[str, Vector] | None:
         """Events of a table by gates; None where no such PE can be in one."""
-        concrete = isinstance(self.group_size, int | float | np.number | np.ndarray)
-        alike = concrete and self.group_size == gates.GROUP_SIZE and self.bits == gates.BITS
-        if not alike or work.folding.dataflow != "is":
+        if not self._is_measured_size() or work.folding.dataflow != "is":
             return None
         if self.lanes > 1:
             return gates.lane_events(
@@ -250,6 +251,10 @@ class GroupPE(PE):
             live,
             work.smoothing,
         )
+
+    def _is_measured_size(self) -> bool:
+        """Whether groups and bits are those of the measured PEs."""
+        return _is(self.group_size, gates.GROUP_SIZE) and self.bits == gates.BITS
 
     def _slots(self, budgets: Vector, passes: Vector, smoothing: float) -> Vector:
         """Slots of a group in the lanes that its passes use; terms are spread over the passes."""
@@ -319,8 +324,11 @@ class TermMac(GroupPE):
     The group's weights hold at most k terms (the budget) and every activation at most
     ``data_terms`` = s, so a step takes k * s cycles (Kung, McDanel and Zhang, SC20). A pair
     adds two exponents and counts into a coefficient vector: two 8-bit additions (derived: the
-    paper's adders are narrower). Every activation is taken to hold s terms.
+    paper's adders are narrower). Every activation is taken to hold s terms. By gates, the slots of
+    terms that it lacks cost their cycle only, and the row's edge is that of a `GroupPE`.
     """
+
+    measured: ClassVar[str] = "group_size=8, bits=8, lanes=1 and data_terms=3"
 
     data_terms: Real = 3  # s; assumed, as signed-digit data of 8 bits rarely hold more
 
@@ -334,9 +342,11 @@ class TermMac(GroupPE):
         return super().nominal_macs(budget) / self.data_terms
 
     def area_um2(self, technology: Technology) -> Real:
-        """Derived: exponent adder, eight 8-bit coefficient counters, terms of both operands."""
+        """Measured, or derived: exponent adder, eight 8-bit counters, terms of both operands."""
         blocks = {"int8_add": 9.0}
-        return composed_area(technology, blocks, 2 * ACTIVATION_BITS + 8 * 8 + ACCUMULATOR_BITS)
+        registers = 2 * ACTIVATION_BITS + 8 * 8 + ACCUMULATOR_BITS
+        measured = "term_mac_pe" if self._is_measured_size() else ""
+        return composed_area(technology, blocks, registers, measured)
 
     def activity(self, work: Workload) -> Activity:
         """As `GroupPE`, with s cycles and pairs for each of its terms."""
@@ -350,9 +360,35 @@ class TermMac(GroupPE):
             terms=pairs,
             events={"int8_add": 2.0 * pairs},
             selections=None,
-            gates=None,
-            edge=None,
         )
+
+    def _gate_events(
+        self,
+        work: Workload,
+        budgets: LayerBudgets,
+        groups: Vector,
+        passes: Vector,
+        held: Callable[[Vector], Vector],
+    ) -> dict[str, Vector] | None:
+        """Events of a table by gates; None where no such PE can be in one."""
+        if not self._is_measured_size() or work.folding.dataflow != "is":
+            return None
+        return gates.term_mac_events(
+            work.folding,
+            budgets.total(groups),
+            budgets.total(groups * passes) * self.data_terms,
+            held(budgets.k),
+            gates.mean_data_terms(work.network, work.activations),
+        )
+
+    def _is_measured_size(self) -> bool:
+        few = self.lanes == 1 and _is(self.data_terms, gates.DATA_TERMS)
+        return few and super()._is_measured_size()
+
+
+def _is(number: Real, value: int) -> bool:
+    """Whether a concrete number has this value."""
+    return isinstance(number, int | float | np.number | np.ndarray) and bool(number == value)
 
 
 def _check_budgets(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar, NoReturn
 
 import jax
 
 from stp_jax.hwmodel import gates
 from stp_jax.hwmodel.folding import Extents, Folding
 from stp_jax.hwmodel.network import Network
-from stp_jax.hwmodel.numbers import Budgets, Operands, Real, Vector, check_numbers
-from stp_jax.hwmodel.technology import Technology
+from stp_jax.hwmodel.numbers import Budgets, Operands, Real, Vector, ceil_div, check_numbers
+from stp_jax.hwmodel.technology import Basis, MissingEntryError, Technology
 from stp_jax.hwmodel.term_histogram import GroupTerms
 
 ACCUMULATOR_BITS = 32  # what the int32 adds of the energy tables write
@@ -52,6 +53,7 @@ class Workload:
     weights: Operands | GroupTerms | None = None
     activations: Operands | None = None
     smoothing: float = 0.0
+    basis: Basis = "table"  # of the technology; `Activity.gates` is read where it is ``gates``
 
 
 def operand_register_bits(
@@ -82,7 +84,12 @@ class PE:
 
     `evaluate` asks a copy whose numbers are arrays: reals, or integers in fields of metadata
     ``stp_jax.hwmodel.numbers.INTEGER``; static fields are as they were.
+
+    Attributes:
+      measured: fields of the PEs whose netlists were measured for tables by gates; empty: of none.
     """
+
+    measured: ClassVar[str] = ""
 
     def reduction_steps(self, extents: Extents) -> Vector:
         """Steps along each layer's reduction, integers of shape (layers,)."""
@@ -101,6 +108,25 @@ class PE:
         raise NotImplementedError
 
 
+def measured_pes() -> str:
+    """Kinds of PEs whose netlists were measured, for messages."""
+
+    def kinds(base: type[PE]) -> list[type[PE]]:
+        return [kind for sub in base.__subclasses__() for kind in (sub, *kinds(sub))]
+
+    return ", ".join(k.__name__ for k in kinds(PE) if vars(k).get("measured"))
+
+
+def refuse_unmeasured(pe: PE, dataflow: str) -> NoReturn:
+    """Raises MissingEntryError that says which PEs tables by gates are about."""
+    kind = type(pe)
+    known = f"{kind.__name__} with {kind.measured}" if kind.measured else measured_pes()
+    raise MissingEntryError(
+        f"energies by gates were measured on netlists of {known}, inputs resident; there are none "
+        f"of {pe!r} in dataflow {dataflow!r}"
+    )
+
+
 def refuse_budgets(pe: PE, work: Workload) -> None:
     """Raises ValueError if budgets are given to a PE without them."""
     if work.budgets is not None:
@@ -108,14 +134,16 @@ def refuse_budgets(pe: PE, work: Workload) -> None:
 
 
 def composed_area(
-    technology: Technology, blocks: Mapping[str, float], register_bits: float
+    technology: Technology, blocks: Mapping[str, float], register_bits: float, measured: str = ""
 ) -> Real:
-    """Area of a datapath from its blocks, in µm². Derived.
+    """Area of a datapath in µm²: ``measured`` where the table has this entry, else from its blocks.
 
-    The sum of the blocks' and registers' areas, times what synthesis adds to such a sum for the
-    bit-parallel PE (multiplier, int32 adder, two operand registers, accumulator): selection and
-    control. Dispatchers and schedulers outside the PE are left out, which favours the PE.
+    Derived is the sum of the blocks' and registers' areas, times what synthesis adds to such a sum
+    for the bit-parallel PE (multiplier, int32 adder, two operand registers, accumulator): selection
+    and control. Dispatchers and schedulers outside the PE are left out, which favours the PE.
     """
+    if measured in technology.area_um2:
+        return technology.area_um2[measured]
     baseline = {"int8_multiply": 1.0, "int32_add": 1.0}
     technology.require({*blocks, *baseline, "register_bit", "bit_parallel_pe"}, kind="area_um2")
     area = technology.area_um2
@@ -131,6 +159,8 @@ def composed_area(
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BitParallel(PE):
     """An integer multiply-accumulate a cycle: one multiply of ``bits`` and one int32 add."""
+
+    measured: ClassVar[str] = "bits=8"
 
     bits: int = dataclasses.field(default=8, metadata={"static": True})
 
@@ -167,5 +197,74 @@ class BitParallel(PE):
             weight_bits=float(self.bits),
             gates=gates.mac_events(folding, gates.mean_bits(work.network, work.activations))
             if self.bits == gates.BITS and folding.dataflow == "is"
+            else None,
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DotProduct(PE):
+    """An int8 dot product a cycle: ``lanes`` multiplications, whose sum joins the partial sum.
+
+    By the table it takes ``lanes`` multiplies, as many int16 additions less one in its tree, and
+    one int32 addition a step. By gates it is the int8 PE of least energy among those measured with
+    one column (``benchmarks/rtl/verilog/mac_dot.v``): one carry-save tree adds all rows of all
+    products. With one lane that is a single product, with 28 bits of partial sum where
+    `BitParallel` has 32.
+
+    Attributes:
+      lanes: multiplications a cycle.
+
+    Raises:
+      ValueError: lanes is not a positive integer.
+    """
+
+    measured: ClassVar[str] = "lanes=1 or lanes=8"
+
+    lanes: int = dataclasses.field(default=8, metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        """Checks the lanes."""
+        check_numbers("DotProduct", lanes=self.lanes)
+
+    def reduction_steps(self, extents: Extents) -> Vector:
+        """Steps of ``lanes`` elements: ceil(K / lanes)."""
+        return ceil_div(extents.K, self.lanes)
+
+    def nominal_macs(self, budget: Real | None = None) -> Real:
+        """One a lane."""
+        return float(self.lanes)
+
+    def area_um2(self, technology: Technology) -> Real:
+        """Measured where the table has it; else derived: multipliers, adder tree, operands."""
+        blocks = {"int8_multiply": float(self.lanes), "int32_add": 1.0}
+        if self.lanes > 1:
+            blocks["int16_add"] = self.lanes - 1.0
+        registers = 2 * ACTIVATION_BITS * self.lanes + ACCUMULATOR_BITS
+        measured = f"{gates.dot_name(self.lanes)}_pe"
+        return composed_area(technology, blocks, registers, measured)
+
+    def activity(self, work: Workload) -> Activity:
+        """A step a cycle; a ragged last one takes its cycle, and multiplies what it has."""
+        refuse_budgets(self, work)
+        folding = work.folding
+        macs = folding.macs
+        steps = folding.groups * folding.reduction_steps * folding.P * folding.M
+        tree = {"int16_add": macs - steps} if self.lanes > 1 else {}
+        return Activity(
+            cycles=folding.folds * folding.steps,
+            busy=macs / self.lanes,
+            terms=macs,
+            events={"int8_multiply": macs, **tree, "int32_add": steps},
+            register_bits=steps * ACCUMULATOR_BITS
+            + operand_register_bits(
+                folding, self.lanes, macs * gates.BITS, self.lanes * gates.BITS
+            ),
+            encoder=None,
+            weight_bits=float(gates.BITS),
+            gates=gates.dot_events(
+                folding, self.lanes, steps, gates.mean_bits(work.network, work.activations)
+            )
+            if self.lanes in gates.DOT_LANES and folding.dataflow == "is"
             else None,
         )

@@ -158,12 +158,14 @@ def computational_saving(
     estimate of selecting activations (``select_pj``).
 
     Same throughput class means the same number of additions a cycle, that is of PEs: a
-    `BitParallel` PE adds one product a cycle, a `GroupPE` one term. At k = g, one term per weight,
-    both complete one multiplication a cycle, and the synthesised areas are equal within 2 % at
-    g = 8 (1014 to 1030 µm²), so that equal PEs, equal area and equal throughput at one term per
-    weight coincide. (Equal peak throughput at another budget means R*C*k/g PEs; `compare` offers
-    it.) Array energy depends on the work only, not on the number of PEs, so the ratio is the same
-    in each reading; cycles are not.
+    `BitParallel` PE adds one product a cycle, a `GroupPE` one term, and PEs of several lanes belong
+    to a `DotProduct`. At k = g, one term per weight, `BitParallel` and `GroupPE` complete one
+    multiplication a cycle, and the synthesised areas are equal within 2 % at g = 8 (1014 to
+    1030 µm²), so that equal PEs, equal area and equal throughput at one term per weight coincide.
+    (Equal peak throughput at another budget means R*C*k/g PEs; `compare` offers it.) Array energy
+    depends on the work only, not on the number of PEs, so the ratio is the same in each reading;
+    cycles are not. By gates `BitParallel` is a simple PE; `int8_baseline` gives the strongest int8
+    PE of the class that was measured.
 
     Raises:
       ValueError: the networks, the process nodes or what energies are based on differ.

@@ -203,7 +203,8 @@ _GATES_LANES_45NM = {
     "pass_4": 1.34,
     "pass_4_moved_lane": 0.2378,
     "pass_4_bit": 0.0262,
-    "pass_4_load": 1.098,
+    "pass_4_load": 1.139,
+    "pass_4_bus": 0.9561,
     "edge_4_group": 2.307,
     "edge_4_second_term": 0.5409,
     "edge_4_third_term": 0.4345,
@@ -214,6 +215,56 @@ _GATES_LANES_45NM = {
 _GATES_LANES_AREA_45NM = {
     "group_pe_8_of_4_lanes": 1465.0,
     "row_edge_8_of_4_lanes": 2453.0,
+}
+_NANGATE_OTHERS = (
+    "`python benchmarks/rtl_tables.py --liberty nangate45_typical.lib --node-nm 45 --clock-ns 3.4 "
+    "--others`: gates of benchmarks/rtl/verilog in the Nangate 45 nm Open Cell Library, 1.1 V, "
+    "3.4 ns, 1 fF of wire per pin"
+)
+_GATES_OTHERS_45NM = {
+    "dot_1_step": 1.086,
+    "dot_1_bit": 0.09632,
+    "dot_1_load": 0.4971,
+    "dot_1_bus": 0.4062,
+    "dot_8_step": 3.748,
+    "dot_8_bit": 0.06752,
+    "dot_8_load": 3.996,
+    "dot_8_bus": 1.211,
+    "stripes_group": 1.02,
+    "stripes_cycle": 0.8076,
+    "stripes_bit": 0.03381,
+    "stripes_load": 1.463,
+    "stripes_bus": 0.4789,
+    "pragmatic_group": 1.386,
+    "pragmatic_cycle": 0.6815,
+    "pragmatic_term": 0.4044,
+    "pragmatic_bit": 0.01592,
+    "pragmatic_load": 2.11,
+    "pragmatic_bus": 0.8305,
+    "bitwave_group": 0.5339,
+    "bitwave_cycle": 1.953,
+    "bitwave_bit": 0.006188,
+    "bitwave_load": 1.565,
+    "bitwave_bus": 0.592,
+    "bitvert_group": 9.592,
+    "bitvert_changed_column": 0.953,
+    "bitvert_bit": 0.0362,
+    "bitvert_load": 3.393,
+    "bitvert_bus": 0.6007,
+    "term_mac_group": 2.166,
+    "term_mac_slot": 2.225,
+    "term_mac_pair": 1.735,
+    "term_mac_load": 3.964,
+    "term_mac_bus": 1.523,
+}
+_GATES_OTHERS_AREA_45NM = {
+    "dot_1_pe": 711.0,
+    "dot_8_pe": 3965.0,
+    "stripes_pe": 1249.0,
+    "pragmatic_pe": 2133.0,
+    "bitwave_pe": 1434.0,
+    "bitvert_pe": 1889.0,
+    "term_mac_pe": 3417.0,
 }
 _GATES_AREA_45NM = {
     "bit_parallel_pe": 1256.0,
@@ -290,6 +341,7 @@ NANGATE_45NM_GATES = _by_gates(
     1.1,
     _Measured(_NANGATE, _GATES_45NM, _GATES_AREA_45NM),
     _Measured(_NANGATE_LANES, _GATES_LANES_45NM, _GATES_LANES_AREA_45NM),
+    _Measured(_NANGATE_OTHERS, _GATES_OTHERS_45NM, _GATES_OTHERS_AREA_45NM),
 )
 SKY130_130NM_GATES = _by_gates(130.0, 1.8, _Measured(_SKY130, _GATES_130NM, _GATES_AREA_130NM))
 

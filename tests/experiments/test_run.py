@@ -364,4 +364,11 @@ def test_hw_compare_sets_all_processing_elements_side_by_side(tmp_path):
     designs = results["designs"]
     assert next(iter(designs)) == "BitParallel" and designs["BitParallel"]["array_saving"] == 1
     assert designs["GroupPE"]["array_saving"] > 2
-    assert len(designs) == 10 and "untrained" in results["weights"] and "Huang" in out
+    assert len(designs) == 15 and "untrained" in results["weights"] and "Huang" in out
+    by_gates = results["designs_by_gates"]
+    assert by_gates.keys() == designs.keys()
+    unknown = {name for name, row in by_gates.items() if row["pj_per_mac"] is None}
+    assert unknown == {"Stripes", "BitPragmatic", "Laconic", "Bitlet"}
+    assert all(bool(row["reason"]) == (name in unknown) for name, row in by_gates.items())
+    assert by_gates["DotProduct of 8"]["saving"] == by_gates["DotProduct of 1"]["saving"] == 1
+    assert out.index("by gates") < out.index("by the 45 nm table")

@@ -277,3 +277,32 @@ def test_a_layers_patches_are_made_once(monkeypatch):
     array = hwmodel.Array(rows=3, cols=4, pe=hwmodel.Laconic(lanes=4))
     hwmodel.evaluate(NETWORK, array, weights=weights, activations=activations)
     assert len(made) == len(NETWORK)
+
+
+@pytest.mark.parametrize("dataflow", ["is", "ws", "os"])
+def test_bit_pragmatic_takes_the_ones_of_its_serial_operand(dataflow):
+    weights, _ = operands()
+    network = hwmodel.Network((LAYER,))
+    pe = hwmodel.BitPragmatic(lanes=4, serial="weights")
+    array = hwmodel.Array(rows=3, cols=4, dataflow=dataflow, pe=pe)
+    report = hwmodel.evaluate(network, array, weights={"c": weights["c"]})
+    fill = hwmodel.arrays.fold(network, array).fill_cycles
+    expected = brute_force(lambda w, a: max(map(ones, w)), dataflow, 3, 4, 4)
+    np.testing.assert_array_equal(report.cycles - fill, [expected])
+    added = 30 * sum(map(ones, weights["c"].flat))
+    np.testing.assert_array_equal(report.operations["terms"], [added])
+
+
+def test_stripes_serves_the_precision_of_its_serial_operand():
+    network = hwmodel.Network((hwmodel.dense("d", 4, 3),))
+    array = hwmodel.Array(rows=3, cols=4, pe=hwmodel.Stripes(lanes=4, serial="weights"))
+    folding = hwmodel.arrays.fold(network, array)
+    activations = {"d": np.array([[255, 0, 0, 0]])}
+    for weights, bits in ((None, 8), ({"d": np.full((4, 3), -20)}, 6)):
+        report = hwmodel.evaluate(network, array, weights=weights, activations=activations)
+        np.testing.assert_array_equal(
+            report.cycles, folding.fill_cycles + bits * folding.folds * folding.steps
+        )
+    for pe in (hwmodel.Stripes, hwmodel.BitPragmatic):
+        with pytest.raises(ValueError, match="serial must be one of"):
+            pe(serial="inputs")

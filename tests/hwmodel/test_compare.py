@@ -116,3 +116,49 @@ def designs(count, seed=0):
         "filter_sram": 1 << rng.integers(12, 21, count),
         "dram_bandwidth": rng.uniform(1, 64, count),
     }
+
+
+def test_the_int8_baseline_is_of_the_same_throughput_class():
+    for pe, lanes in (
+        (hwmodel.BitParallel(), 1),
+        (hwmodel.BitWave(), 1),
+        (hwmodel.Stripes(lanes=8, serial="weights"), 1),
+        (hwmodel.TermMac(group_size=8), 1),
+        (hwmodel.GroupPE(group_size=8), 1),
+        (hwmodel.GroupPE(group_size=8, lanes=2), 1),
+        (hwmodel.GroupPE(group_size=8, lanes=4), 8),
+        (hwmodel.DotProduct(lanes=8), 8),
+    ):
+        assert hwmodel.int8_baseline(pe) == hwmodel.DotProduct(lanes=lanes), pe
+
+
+def test_by_gates_all_are_set_against_the_strongest_int8_pes():
+    network = hwmodel.Network((hwmodel.dense("fc", 64, 16, rows=5),))
+    rng = np.random.default_rng(0)
+    given = {
+        "weights": {"fc": rng.integers(-127, 128, (64, 16))},
+        "activations": {"fc": rng.integers(0, 128, (5, 64))},
+    }
+    designs = {
+        "eight": hwmodel.Array(rows=4, cols=4, pe=hwmodel.DotProduct(lanes=8)),
+        "bitwave": hwmodel.Design(
+            array=hwmodel.Array(rows=4, cols=4, pe=hwmodel.BitWave()), **given
+        ),
+        "lanes": hwmodel.Design(
+            array=hwmodel.Array(rows=4, cols=4, pe=hwmodel.GroupPE(lanes=4)), budgets=4
+        ),
+        "laconic": hwmodel.Design(
+            array=hwmodel.Array(rows=4, cols=4, pe=hwmodel.Laconic()), **given
+        ),
+    }
+    frame = hwmodel.compare_by_gates(network, designs)
+    assert frame["class_lanes"].tolist() == [8, 1, 8, 1]
+    assert frame.loc["eight", ["saving", "saving_over_dot_8"]].tolist() == [1, 1]
+    assert frame.loc["bitwave", "saving"] > frame.loc["bitwave", "saving_over_dot_8"]
+    assert np.isnan(frame.loc["bitwave", "saving_with_encoder"])
+    assert frame.loc["lanes", "saving_with_encoder"] < frame.loc["lanes", "saving"]
+    assert np.isnan(frame.loc["laconic", "pj_per_mac"])
+    assert "no" in frame.loc["laconic", "reason"] and "Laconic" in frame.loc["laconic", "reason"]
+    assert not frame.loc["lanes", "reason"]
+    with pytest.raises(ValueError, match="by the table, not by gates"):
+        hwmodel.compare_by_gates(network, designs, technology=hwmodel.HOROWITZ_45NM)

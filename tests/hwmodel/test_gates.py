@@ -1,6 +1,7 @@
 """Energy by gates: events counted by hand, and what a measured table cannot price."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -95,8 +96,13 @@ def test_the_edge_serialises_every_group_that_is_read():
     [
         hwmodel.Array(rows=4, cols=4, pe=hwmodel.GroupPE(group_size=16)),
         hwmodel.Array(rows=4, cols=4, dataflow="ws", pe=hwmodel.GroupPE(group_size=8)),
-        hwmodel.Array(rows=4, cols=4, pe=hwmodel.TermMac(group_size=8)),
+        hwmodel.Array(rows=4, cols=4, pe=hwmodel.TermMac(group_size=8, data_terms=2)),
         hwmodel.Array(rows=4, cols=4, pe=hwmodel.Stripes()),
+        hwmodel.Array(rows=4, cols=4, pe=hwmodel.BitWave(lanes=16)),
+        hwmodel.Array(rows=4, cols=4, pe=hwmodel.BitVert(lanes=8, pruned_columns=2)),
+        hwmodel.Array(rows=4, cols=4, pe=hwmodel.Bitlet()),
+        hwmodel.Array(rows=4, cols=4, dataflow="os", pe=hwmodel.BitWave()),
+        hwmodel.Array(rows=4, cols=4, pe=hwmodel.DotProduct(lanes=4)),
     ],
 )
 def test_what_was_not_measured_has_no_energy_by_gates(array):
@@ -106,6 +112,16 @@ def test_what_was_not_measured_has_no_energy_by_gates(array):
         hwmodel.evaluate(
             NETWORK, array, weights=weights, activations=inputs, technology=_technology()
         )
+
+
+def test_what_was_measured_is_said():
+    for pe, known in (
+        (hwmodel.Stripes(), "Stripes with lanes=8 and serial='weights', inputs resident"),
+        (hwmodel.Laconic(), "BitParallel, DotProduct, Stripes"),
+    ):
+        array = hwmodel.Array(rows=4, cols=4, pe=pe)
+        with pytest.raises(hwmodel.technology.MissingEntryError, match=known):
+            hwmodel.evaluate(NETWORK, array, technology=hwmodel.NANGATE_45NM_GATES)
 
 
 def test_energies_by_gates_and_by_the_table_are_not_compared():
@@ -188,3 +204,162 @@ def test_bits_of_several_lanes_are_those_of_stored_activations():
     unsigned = {"fc": np.array([[0, 1, 100, 254]])}  # halved, to 0, 0, 50 and 127
     assert gates.stored_bits(NETWORK, unsigned) == pytest.approx((0 + 0 + 6 + 7) / 4)
     assert gates.stored_bits(NETWORK, None) == pytest.approx(gates.MEAN_BITS)
+
+
+RAGGED = hwmodel.Network((hwmodel.dense("fc", 11, 5, rows=3),))  # groups of 8 and of 3 weights
+
+
+def _counted(pe, **operands):
+    """Every event of a PE on RAGGED, on an array of 2 rows and 2 columns."""
+    network = RAGGED
+    work = hwmodel.pes.Workload(
+        network=network,
+        folding=hwmodel.arrays.fold(network, hwmodel.Array(rows=2, cols=2, pe=pe)),
+        basis="gates",
+        **operands,
+    )
+    counted = pe.activity(work).gates
+    return {name.partition("_")[2]: np.ravel(count).item() for name, count in counted.items()}
+
+
+def test_dot_products_are_priced_by_steps_and_bits():
+    inputs = {"fc": np.full((3, 11), 5)}
+    for lanes, steps, row_folds in ((8, 2, 1), (1, 11, 6)):
+        counted = _counted(hwmodel.DotProduct(lanes=lanes), activations=inputs)
+        folds = row_folds * 2
+        assert counted == {
+            f"{lanes}_step": steps * 5 * 3,
+            f"{lanes}_bit": 3 * 11 * 5 * 3,
+            f"{lanes}_load": folds * 2 * 2,
+            f"{lanes}_bus": folds * 2 * 2 * 2,
+        }
+
+
+def _bits(weight, precision=8):
+    """Two's complement, sign first."""
+    return [weight >> e & 1 for e in range(precision - 1, -1, -1)]
+
+
+def _groups(weights):
+    return [weights[:8], np.pad(weights[8:], ((0, 5), (0, 0)))]
+
+
+def _column_sequences(weights, precision):
+    """What the lanes of each group see, one column a cycle: lists of 8 bits."""
+    for group in _groups(weights):
+        lanes = [[b for w in lane for b in _bits(int(w), precision)] for lane in group]
+        yield [[0] * 8, *map(list, zip(*lanes, strict=True))]
+
+
+def test_digit_serial_pes_are_priced_by_what_their_lanes_see():
+    rng = np.random.default_rng(3)
+    weights = rng.integers(-60, 61, (11, 5))
+    weights[:8, 2] = 0
+    operands = {"weights": {"fc": weights}, "activations": {"fc": np.full((3, 11), 5)}}
+    bits, pixels, groups, loads = 3, 3, 2 * 5, {"load": 2 * 4, "bus": 2 * 8}
+
+    def changes(precision):
+        pairs = [
+            (before, now)
+            for sequence in _column_sequences(weights, precision)
+            for before, now in itertools.pairwise(sequence)
+        ]
+        each = [sum(a != b for a, b in zip(*pair, strict=True)) for pair in pairs]
+        return pixels * sum(each), pixels * sum(n > 0 for n in each)
+
+    changed, _ = changes(7)
+    stripes = hwmodel.Stripes(lanes=8, serial="weights")
+    assert _counted(stripes, **operands) == loads | {
+        "group": groups * pixels,
+        "cycle": groups * 7 * pixels,
+        "bit": changed * bits,
+    }
+    changed, columns = changes(8)
+    assert _counted(hwmodel.BitVert(lanes=8), **operands) == loads | {
+        "group": groups * pixels,
+        "changed_column": columns,
+        "bit": changed * bits,
+    }
+    each = [group[:, m] for group in _groups(weights) for m in range(5)]
+    slowest = [max(1, max(int(abs(w)).bit_count() for w in group)) for group in each]
+    ones = sum(int(abs(w)).bit_count() for w in weights.flat)
+    pragmatic = hwmodel.BitPragmatic(lanes=8, serial="weights")
+    assert _counted(pragmatic, **operands) == loads | {
+        "group": groups * pixels,
+        "cycle": sum(slowest) * pixels,
+        "term": ones * pixels,
+        "bit": ones * bits * pixels,
+    }
+    columns = [max(1, int(np.bitwise_or.reduce(np.abs(g))).bit_count()) for g in each]
+    seen = sum(columns[:5]) * 8 + sum(columns[5:]) * 3
+    assert _counted(hwmodel.BitWave(), **operands) == loads | {
+        "group": groups * pixels,
+        "cycle": sum(columns) * pixels,
+        "bit": seen * bits * pixels,
+    }
+
+
+def test_tmac_is_priced_by_slots_and_pairs():
+    weights = np.zeros((11, 5), np.int64)
+    weights[::8] = 5  # two terms in each group
+    inputs = np.zeros((3, 11), np.int64)
+    inputs[:, :5] = 85  # four terms, of which it holds three
+    counted = _counted(
+        hwmodel.TermMac(group_size=8),
+        budgets=4,
+        weights={"fc": weights},
+        activations={"fc": inputs},
+    )
+    groups = 2 * 5 * 3
+    assert counted == pytest.approx(
+        {
+            "mac_group": groups,
+            "mac_slot": groups * 4 * 3,
+            "mac_pair": groups * 2 * 3 * 5 / 11,
+            "mac_load": 2 * 4,
+            "mac_bus": 2 * 8,
+        }
+    )
+
+
+def test_the_measured_table_prices_every_measured_pe():
+    rng = np.random.default_rng(0)
+    operands = {
+        "weights": {"fc": rng.normal(scale=36, size=(64, 16)).round().clip(-127, 127).astype(int)},
+        "activations": {"fc": rng.integers(0, 128, (5, 64))},
+    }
+
+    def array_pj(pe, **more):
+        array = hwmodel.Array(rows=4, cols=4, pe=pe)
+        report = hwmodel.evaluate(
+            NETWORK, array, technology=hwmodel.NANGATE_45NM_GATES, **operands, **more
+        )
+        assert pe.area_um2(hwmodel.NANGATE_45NM_GATES) > 0
+        return report.energy_pj["array"].item() / NETWORK.macs
+
+    mac, one, eight = map(
+        array_pj, (hwmodel.BitParallel(), hwmodel.DotProduct(lanes=1), hwmodel.DotProduct(lanes=8))
+    )
+    assert eight < one < mac
+    for pe in (
+        hwmodel.Stripes(lanes=8, serial="weights"),
+        hwmodel.BitPragmatic(lanes=8, serial="weights"),
+        hwmodel.BitWave(),
+        hwmodel.BitVert(lanes=8),
+        hwmodel.TermMac(group_size=8),
+    ):
+        assert array_pj(pe) > eight
+
+
+def test_a_layer_has_one_precision_in_all_its_products():
+    layer = hwmodel.conv("c", (2, 2), channels=4, filters=4, kernel=(1, 1), groups=2)
+    weights = np.array([[-3, 3, 100, 100], [1, 1, 1, -1]])[None, None]  # 3 bits and 8 bits
+    pe = hwmodel.Stripes(lanes=8, serial="weights")
+    network = hwmodel.Network((layer,))
+    folding = hwmodel.arrays.fold(network, hwmodel.Array(rows=1, cols=1, pe=pe))
+    work = hwmodel.pes.Workload(
+        network=network, folding=folding, weights={"c": weights}, basis="gates"
+    )
+    activity = pe.activity(work)
+    assert activity.gates["stripes_cycle"].item() == 8 * 4 * layer.P
+    assert activity.cycles.item() == 8 * 4 * layer.P

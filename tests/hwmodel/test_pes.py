@@ -3,6 +3,8 @@ from networks import SMALL
 
 from stp_jax import hwmodel
 
+INT8 = hwmodel.BitParallel()
+
 
 @pytest.mark.parametrize("lanes", [1, 8])
 def test_loading_clocks_every_row_in_every_cycle_of_the_load(lanes):
@@ -29,3 +31,28 @@ def test_loading_clocks_every_row_in_every_cycle_of_the_load(lanes):
 def test_budgets_are_refused_where_a_pe_has_none():
     with pytest.raises(ValueError, match="no budgets"):
         hwmodel.evaluate(SMALL, hwmodel.Array(rows=4, cols=4), budgets=4)
+
+
+def test_a_dot_product_takes_its_lanes_of_the_reduction_a_cycle():
+    network = hwmodel.Network((hwmodel.dense("fc", 20, 6, rows=7),))
+    array = hwmodel.Array(rows=2, cols=4, pe=hwmodel.DotProduct(lanes=8))
+    report = hwmodel.evaluate(network, array)
+    folds = 2 * 2  # three steps on two rows, seven pixels on four columns
+    assert report.cycles.item() == folds * (2 * 2 + 4 - 2 + 6)
+    pj, macs, steps = hwmodel.HOROWITZ_45NM.energy_pj, 20 * 6 * 7, 3 * 6 * 7
+    expected = macs * pj["int8_multiply"] + (macs - steps) * pj["int16_add"]
+    assert report.energy_pj["array"].item() == pytest.approx(expected + steps * pj["int32_add"])
+    assert report.utilization.item() == pytest.approx(macs / 8 / (2 * 4 * report.cycles.item()))
+    with pytest.raises(ValueError, match="positive integer"):
+        hwmodel.DotProduct(lanes=0)
+
+
+def test_a_dot_product_of_one_is_the_bit_parallel_pe():
+    one, mac = (
+        hwmodel.evaluate(SMALL, hwmodel.Array(rows=4, cols=4, pe=pe))
+        for pe in (hwmodel.DotProduct(lanes=1), hwmodel.BitParallel())
+    )
+    assert one.total_cycles == mac.total_cycles
+    assert one.total_energy_pj == pytest.approx(mac.total_energy_pj)
+    areas = [p.area_um2(hwmodel.HOROWITZ_45NM) for p in (hwmodel.DotProduct(lanes=1), INT8)]
+    assert areas[0] == pytest.approx(areas[1])
