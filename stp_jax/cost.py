@@ -17,7 +17,7 @@ from stp_jax.hwmodel.readers.observe import ROOT
 from stp_jax.quant.allocation import normalized_costs, storage_costs
 from stp_jax.quant.budgets import budgets
 from stp_jax.quant.calibration import integer_weights
-from stp_jax.quant.layers import quantized_layers
+from stp_jax.quant.layers import QuantizedLayer, quantized_layers
 
 # Terms to store, cycles or energy of the array, or the mean of terms and energy.
 Resource = Literal["terms", "cycles", "energy", "balanced"]
@@ -122,10 +122,41 @@ def evaluate_model(
             network,
             ours,
             budgets=_by_name(budgets(model), used),
-            weights=_by_name(integer_weights(model), used),
+            weights=_by_name(_integers(model), used),
             technology=technology,
         ),
     )
+
+
+def _integers(model: Any) -> dict[str, np.ndarray]:
+    """The integers of every kernel with its axes as `hw.weight_matrix` takes them."""
+    layers = quantized_layers(model)
+    found = integer_weights(model)
+    for path, quantized in layers.items():
+        if quantized.layer.kind in ("einsum", "embed"):  # the reduction may be any of their axes
+            found[path] = _reduction_first(found[path], quantized)
+    return found
+
+
+def _reduction_first(integers: np.ndarray, quantized: QuantizedLayer) -> np.ndarray:
+    """A kernel as (*reduction, *filters), or (products, K, M) where the input shares other axes."""
+    reduction = quantized.format.axes.groups
+    batch: tuple[int, ...] = ()
+    if quantized.layer.equation is not None:
+        of_input, kernel = quantized.layer.equation.replace(" ", "").split("->")[0].split(",")
+        batch = tuple(
+            axis
+            for axis, letter in enumerate(kernel.removesuffix("..."))
+            if letter in of_input and axis not in reduction
+        )
+    filters = [axis for axis in range(integers.ndim) if axis not in (*batch, *reduction)]
+    ordered = integers.transpose(*batch, *reduction, *filters)
+    if not batch:
+        return ordered
+    products, terms = (
+        int(np.prod([integers.shape[a] for a in axes])) for axes in (batch, reduction)
+    )
+    return ordered.reshape(products, terms, -1)
 
 
 def _path(name: str) -> str:

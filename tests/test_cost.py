@@ -135,3 +135,30 @@ def test_one_array_runs_one_kind_of_group():
     int8 = stp_jax.quantize(Net(nnx.Rngs(0)), Policy([Rule(path=".*")]))
     with pytest.raises(ValueError, match="no layer of the model has a budget"):
         stp_jax.group_pe(int8)
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape", "channels"),
+    [
+        ("btd,ndh->btnh", (4, 16, 8), 16),  # heads first, as in Gemma's queries
+        ("btd,sndh->sbtnh", (3, 2, 16, 8), 16),
+        ("btd,hd->bth", (24, 16), 16),
+    ],
+)
+def test_einsums_are_counted_wherever_their_reduction_lies(equation, shape, channels):
+    einsum = nnx.Einsum(equation, shape, rngs=nnx.Rngs(0))
+    model = stp_jax.quantize(einsum, stp_jax.Policy([stp_jax.Rule(path=".*", budget=6)]))
+    x = jnp.ones((2, 3, channels))
+    cost = stp_jax.evaluate_model(model, x)
+    integers = next(iter(stp_jax.integer_weights(model).values()))
+    held = np.asarray(stp_jax.terms.count(integers)).sum()
+    assert cost.report.operations["terms"].sum() == held * 2 * 3
+
+
+def test_einsums_with_a_product_for_each_head_are_counted():
+    einsum = nnx.Einsum("btnd,ndh->btnh", (4, 16, 8), rngs=nnx.Rngs(0))
+    model = stp_jax.quantize(einsum, stp_jax.Policy([stp_jax.Rule(path=".*", budget=6)]))
+    cost = stp_jax.evaluate_model(model, jnp.ones((2, 3, 4, 16)))
+    integers = next(iter(stp_jax.integer_weights(model).values()))
+    held = np.asarray(stp_jax.terms.count(integers)).sum()
+    assert cost.report.operations["terms"].sum() == held * 2 * 3

@@ -83,11 +83,7 @@ def test_the_table_by_gates_prices_what_the_bench_counts(name: str) -> None:
     assert many == pytest.approx(few)
 
 
-_LARGE = ("mac_dot_16x4", "offset_dot_4x4x8")
-_CASES = [pytest.param(name, marks=pytest.mark.slow if name in _LARGE else ()) for name in DESIGNS]
-
-
-@pytest.mark.parametrize("name", _CASES)
+@pytest.mark.parametrize("name", DESIGNS)
 def test_values_and_cycles(name: str) -> None:
     """One simulation for all budgets, as compiling it takes longer than running it."""
     design = DESIGNS[name]

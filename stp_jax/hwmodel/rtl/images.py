@@ -240,6 +240,7 @@ def write_weights(path: pathlib.Path, groups: npt.NDArray[np.integer]) -> int:
 
 
 def write_lines(path: pathlib.Path, lines: list[str]) -> int:
+    """Writes an image; returns the number of its words."""
     path.write_text("\n".join(lines) + "\n")
     return len(lines)
 
@@ -291,8 +292,8 @@ def write_images(
         headers += [group_base, len(activations), output_base]
         filter_words += np.stack([steps, np.cumsum(steps) - steps], axis=1).ravel().tolist()
         biases += _biases(job, lanes).tolist()
-        filter_slots = filter_slots(by_fold, budgets)  # also what refuses a group over its budget
-        words = [_pass_words(w, lanes, slot_bits=slot_bits) for w in filter_slots]
+        by_filter = filter_slots(by_fold, budgets)  # also what refuses a group over its budget
+        words = [_pass_words(w, lanes, slot_bits=slot_bits) for w in by_filter]
         if encode_at_edge:
             _check_int8("stored weights", by_fold)
             weights += byte_lines(by_fold)
