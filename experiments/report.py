@@ -32,6 +32,10 @@ from stp_jax import export, hwmodel
 from stp_jax.export.card import table
 from stp_jax.hwmodel.technology import MissingEntryError
 
+_STRONG_LANES = 4  # terms a cycle of the strongest group PE that the table by gates has
+_STRONG_INT8 = hwmodel.DotProduct(lanes=8)  # the int8 PE of its throughput class
+# Where results hold savings by gates, and what tables say of the PEs.
+_GATES = {"by_gates": "", "by_gates_strongest": ", strongest PEs of a class"}
 _PACKAGES = ("stp-jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain")
 
 
@@ -61,18 +65,23 @@ def _hardware_results(report: hwmodel.Report) -> dict[str, Any]:
     }
 
 
-def _by_gates(evaluate: Callable[..., stp_jax.ModelCost]) -> dict[str, Any] | None:
+def _by_gates(
+    evaluate: Callable[..., stp_jax.ModelCost], lanes: int, int8: hwmodel.PE
+) -> dict[str, Any] | None:
     """Savings and array energies by gates; None for group PEs that were not measured."""
     technology = hwmodel.NANGATE_45NM_GATES
     try:
-        cost = evaluate(technology=technology)
+        cost = evaluate(technology=technology, lanes=lanes, baseline=int8)
     except MissingEntryError:
         return None
-    arrays = {"int8_bit_parallel": cost.baseline, "group_pe": cost.report}
+    arrays = {"int8": cost.baseline, "group_pe": cost.report}
     return {
         "technology": technology.name,
+        "int8_pe": str(int8),
+        "terms_a_cycle": lanes,
         "array_uj": {key: float(np.sum(r.energy_pj["array"])) * 1e-6 for key, r in arrays.items()},
         "encoder_uj": float(np.sum(cost.report.energy_pj["encoder"])) * 1e-6,
+        "cycles": {key: int(r.total_cycles) for key, r in arrays.items()},
         "saving": cost.saving,
         "saving_with_encoder": cost.saving_with_encoder,
     }
@@ -121,7 +130,9 @@ def write_results(context: Context, outcome: Outcome, name: str) -> dict[str, An
             "int8_bit_parallel": _hardware_results(cost.baseline),
             "group_pe": _hardware_results(cost.report),
         },
-        "by_gates": _by_gates(evaluate),
+        # The simple PEs of the package's Verilog; then the strongest pair that was measured.
+        "by_gates": _by_gates(evaluate, 1, hwmodel.BitParallel()),
+        "by_gates_strongest": _by_gates(evaluate, _STRONG_LANES, _STRONG_INT8),
         # By the table of arithmetic energies.
         "computational_energy_saving": cost.saving,
         "computational_energy_saving_with_encoder": cost.saving_with_encoder,
@@ -139,9 +150,11 @@ def write_results(context: Context, outcome: Outcome, name: str) -> dict[str, An
 
 def _savings(results: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """Computational energy savings, without and with the encoders, by how they were priced."""
-    found, gates = {}, results["by_gates"]
-    if gates is not None:
-        found[gates["technology"]] = gates["saving"], gates["saving_with_encoder"]
+    found = {
+        f"{gates['technology']}{which}": (gates["saving"], gates["saving_with_encoder"])
+        for key, which in _GATES.items()
+        if (gates := results.get(key)) is not None
+    }
     table = f"{results['accelerator']['technology']} by the table"
     keys = ("computational_energy_saving", "computational_energy_saving_with_encoder")
     return found | {table: (results[keys[0]], results[keys[1]])}

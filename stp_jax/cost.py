@@ -25,10 +25,10 @@ Resource = Literal["terms", "cycles", "energy", "balanced"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelCost:
-    """A model on an array of group PEs, and in int8 on an array of bit-parallel PEs."""
+    """A model on an array of group PEs, and in int8 on an equal array of int8 PEs."""
 
     network: hw.Network
-    baseline: hw.Report  # int8, bit-parallel
+    baseline: hw.Report  # int8
     report: hw.Report  # the model's integers at its budgets, on group PEs
 
     @property
@@ -42,7 +42,7 @@ class ModelCost:
         return float(hw.computational_saving(self.baseline, self.report, encoder=True))
 
 
-def group_pe(model: Any, *, packed: bool = False) -> hw.GroupPE:
+def group_pe(model: Any, *, packed: bool = False, lanes: int = 1) -> hw.GroupPE:
     """The group PE that cuts weights into the groups in which a model was trained.
 
     It is wide enough for the widest weights among the layers.
@@ -50,6 +50,7 @@ def group_pe(model: Any, *, packed: bool = False) -> hw.GroupPE:
     Args:
       model: an STP model; a Linen one with its variables.
       packed: whether terms are stored in place of integers; see `hwmodel.GroupPE`.
+      lanes: terms that it takes in a cycle.
 
     Raises:
       ValueError: the model has no budgets, or layers with different groups or encodings.
@@ -72,7 +73,12 @@ def group_pe(model: Any, *, packed: bool = False) -> hw.GroupPE:
     bits = max(rule.bits for rule in rules.values())
     # `quantize` groups along the input channels of one window position.
     return hw.GroupPE(
-        group_size=group_size, encoding=encoding, bits=bits, grouping="channels", packed=packed
+        group_size=group_size,
+        encoding=encoding,
+        bits=bits,
+        grouping="channels",
+        packed=packed,
+        lanes=lanes,
     )
 
 
@@ -82,6 +88,8 @@ def evaluate_model(
     rows: int = 32,
     cols: int = 32,
     packed: bool = False,
+    lanes: int = 1,
+    baseline: hw.PE | None = None,
     technology: hw.Technology = hw.HOROWITZ_45NM,
     name: str | None = None,
     **kwargs: Any,
@@ -97,6 +105,9 @@ def evaluate_model(
       rows: R of both arrays, which are input-stationary.
       cols: C.
       packed: whether terms are stored in place of integers; see `hwmodel.GroupPE`.
+      lanes: terms that a group PE takes in a cycle.
+      baseline: the PE of the int8 array, `hwmodel.BitParallel` by default; `hwmodel.int8_baseline`
+        gives the strongest one that was measured by gates.
       technology: energies.
       name: of the network, by default the model's class.
       **kwargs: keyword arguments of the model's call, such as ``train=False``.
@@ -114,10 +125,11 @@ def evaluate_model(
     """
     network = hw.trace(model, *inputs, name=name, **kwargs)
     used = {_path(name) for name in network.names}
-    ours = hw.Array(rows=rows, cols=cols, pe=group_pe(model, packed=packed))
+    ours = hw.Array(rows=rows, cols=cols, pe=group_pe(model, packed=packed, lanes=lanes))
+    int8 = dataclasses.replace(ours, pe=baseline or hw.BitParallel())
     return ModelCost(
         network=network,
-        baseline=hw.evaluate(network, hw.Array(rows=rows, cols=cols), technology=technology),
+        baseline=hw.evaluate(network, int8, technology=technology),
         report=hw.evaluate(
             network,
             ours,
