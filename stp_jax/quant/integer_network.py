@@ -227,6 +227,7 @@ def _product(builder: _Builder, eqn: Any, x: Any, kernel: Any) -> _Value:
         "error": x.error.max() * (plus - minus) * 2.0**exponent,
     }
     narrow = max(-low - 1, high, int(np.abs(weights).max())) <= 127
+    options = _CONV_OPTIONS if eqn.primitive is jax.lax.conv_general_dilated_p else ()
     return builder.emit(
         Product,
         [x],
@@ -236,7 +237,7 @@ def _product(builder: _Builder, eqn: Any, x: Any, kernel: Any) -> _Value:
         weights=weights,
         format=layer.format,
         budget=np.asarray(layer.flat_budget),
-        options={name: eqn.params[name] for name in _CONV_OPTIONS if name in eqn.params},
+        options={name: eqn.params[name] for name in options},
         arithmetic=builder.arithmetic,
         operand=np.int8 if narrow else np.int32,
     )
