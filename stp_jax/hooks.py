@@ -596,7 +596,7 @@ def training_batch_norms(model: Any) -> list[str]:
 
 def conv_patches(
     x: jax.Array,
-    kernel: jax.Array,
+    kernel: jax.Array | np.ndarray,
     window_strides: Any,
     padding: Any,
     pixels: np.ndarray | None = None,

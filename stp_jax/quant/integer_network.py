@@ -500,6 +500,8 @@ def integer_network(
     closed = trace_integers(model, single, batch_norm=_refuse_batch_norm)
     quantizers: list[Any] = []
     walk(closed, [None], lambda eqn, inputs: _first_quantizer(eqn, quantizers, inputs))
+    if not quantizers:
+        raise ValueError("the model does not use its quantized layers on this input")
     first, scale, bits = quantizers[0]
     exponent, largest = int(_exponents(scale, first).item()), (1 << (bits - 1)) - 1
     ones = np.ones((1,) * len(single.shape), np.int64)
