@@ -165,7 +165,7 @@ def _input(builder: _Builder, eqn: Any, x: _Value, scale: Any) -> _Value:
         return dataclasses.replace(x, is_input=False)
     right = -x.shift_to(exponent)
     # Beyond these limits the result is the same: 0, or clipped.
-    right = _compact(np.clip(right, bits - 32, 31))
+    right = _compact(np.clip(right, 1 - bits, 31))
     rounded = [
         np.clip(np.round(np.ldexp(bound.astype(np.float64), -right)), -largest, largest)
         for bound in (x.low, x.high)
@@ -533,8 +533,9 @@ def _check_rule(layer: QuantizedLayer) -> None:
             f"layer {path!r}: an integer network needs scales that are powers of two; quantize "
             "with power_of_two_scales=True in its rule"
         )
-    if rule.activation_terms is not None or layer.layer.kind not in ("conv", "dense"):
+    kinds, bits = ("conv", "dense"), rule.activation_bits
+    if rule.activation_terms is not None or bits > 16 or layer.layer.kind not in kinds:
         raise ValueError(
             f"layer {path!r}: an integer network takes convolutions and dense layers whose inputs "
-            "keep all their terms"
+            "have up to 16 bits and keep all their terms"
         )

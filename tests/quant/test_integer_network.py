@@ -14,7 +14,7 @@ import stp_jax
 from stp_jax import Policy, Rule, models
 from stp_jax.models.mobilenet import InvertedResidual
 from stp_jax.models.resnet import BasicBlock
-from stp_jax.quant.integer_steps import Scale, few_terms, shift_right
+from stp_jax.quant.integer_steps import Requantize, Scale, few_terms, shift_right
 
 X = jax.random.normal(jax.random.key(1), (3, 6, 6, 3))
 V = jax.random.normal(jax.random.key(3), (5, 4))
@@ -144,6 +144,22 @@ def test_a_shift_rounds_as_the_model_does(values, amount):
     np.testing.assert_array_equal(shift_right(jnp.asarray(q), np.int32(amount)), expected)
 
 
+@given(
+    st.lists(st.integers(-(2**29), 2**29), min_size=1, max_size=50),
+    st.integers(2, 16),
+    st.integers(-15, 20),
+)
+def test_requantization_is_the_model_s_quantizer(values, bits, right):
+    right, largest = max(right, 1 - bits), (1 << (bits - 1)) - 1
+    q = np.array(values, np.int32)
+    step = Requantize(
+        layer="", inputs=(0,), shape=q.shape, exponent=np.zeros(1, np.int32), bits=bits,
+        right=np.full(1, right, np.int32), largest=largest,
+    )  # fmt: skip
+    expected = np.clip(np.round(q / 2.0**right), -largest, largest)
+    np.testing.assert_array_equal(step.run(jnp.asarray(q)), expected)
+
+
 @given(st.integers(1, 10_000))
 def test_few_terms_are_near_enough(n):
     fraction, terms = few_terms(1 / n)
@@ -188,7 +204,7 @@ def test_other_mistakes_are_named():
         stp_jax.integer_network(model, V, arithmetic="float")
     with pytest.raises(ValueError, match="power_of_two_scales=True"):
         stp_jax.integer_network(quantized(linear, V, power_of_two_scales=False), V)
-    with pytest.raises(ValueError, match="keep all their terms"):
+    with pytest.raises(ValueError, match="up to 16 bits and keep all their terms"):
         stp_jax.integer_network(quantized(linear, V, activation_terms=2), V)
     with pytest.raises(ValueError, match=r"call stp_jax\.calibrate"):
         uncalibrated = stp_jax.quantize(linear, Policy([Rule(path=".*", **RULE)]))
