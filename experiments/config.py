@@ -105,6 +105,9 @@ class Config:
     compensate: bool = False  # error-compensated (GPTQ-style) projection
     bn_batches: int = 30  # to re-estimate BatchNorm statistics after each stage
     calibration_batches: int = 4  # for the scales of the layers' inputs
+    fold_batch_norm: bool = False  # into the layers before it, once the float model is trained
+    # Scales are powers of two, and the last stage runs in integers from input to logits.
+    integer_network: bool = False
 
     # Evaluation.
     check_integers: bool = True  # evaluate the retrained model in integers as well

@@ -206,6 +206,7 @@ def make_policy(config: Config, model: nnx.Module) -> stp_jax.Policy:
         method=config.method,
         weight_bits=config.weight_bits,
         activation_bits=config.activation_bits,
+        power_of_two_scales=config.integer_network,
         exempt=config.int8_layers,
     )
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
+import stp_jax
 from experiments.config import Config, ConfigError
 from experiments.context import load_data, make_float_model
 from stp_jax import export
@@ -43,7 +44,10 @@ def load_run(workdir: str | Path) -> LoadedRun:
     # The float weights that the run started from are in the model's file already.
     lists = {key: tuple(value) for key, value in stored.items() if isinstance(value, list)}
     config = Config(**{**stored, **lists, "init_from": None})
-    float_model = make_float_model(config, load_data(config))
+    dataset = load_data(config)
+    float_model = make_float_model(config, dataset)
+    if config.fold_batch_norm:
+        float_model = stp_jax.fold_batch_norm(float_model, dataset.example_input())
     model = export.load_packed(float_model, workdir / "model.safetensors")
     model.eval()
     return LoadedRun(model, config, results)

@@ -87,6 +87,19 @@ def train(context: Context) -> Outcome:
 # Each changes the run and returns the model whose accuracy is to be reported, or None.
 
 
+class IntegerModel(nnx.Module):
+    """An integer network as a model that takes and returns floats."""
+
+    def __init__(self, network: stp_jax.IntegerNetwork):
+        """Has no variables: the network's integers are constants."""
+        self.network = nnx.static(network)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits of a batch."""
+        network = self.network
+        return network.dequantize(network(network.quantize(x)))
+
+
 def float_stage(run: Run) -> nnx.Module:
     """The baseline, and the teacher of what follows."""
     c = run.config
@@ -108,9 +121,14 @@ def float_retrained_stage(run: Run) -> nnx.Module:
 
 def int8_stage(run: Run) -> nnx.Module:
     """Every term kept, inputs calibrated. From here on the model is an STP model."""
-    run.model = stp_jax.quantize(run.model, make_policy(run.config, run.model))
+    c, example = run.config, run.context.dataset.example_input()
+    if c.fold_batch_norm:
+        run.model = stp_jax.fold_batch_norm(run.model, example)
+    run.model = stp_jax.quantize(run.model, make_policy(c, run.model))
     stp_jax.calibrate(run.model, (b["input"] for b in run.context.calibration_batches()))
     run.gather()
+    if c.integer_network:
+        stp_jax.integer_network(run.model, example)  # which says now what has no integer form
     return run.model
 
 
@@ -171,8 +189,13 @@ def retrained_stage(run: Run) -> nnx.Module:
 
 
 def integer_stage(run: Run) -> nnx.Module | None:
-    """The integer model: the accelerator's own arithmetic."""
-    return stp_jax.integer_model(run.model) if run.config.check_integers else None
+    """The accelerator's own arithmetic, inside the layers or from input to logits."""
+    if not run.config.check_integers:
+        return None
+    if not run.config.integer_network:
+        return stp_jax.integer_model(run.model)
+    example = run.context.dataset.example_input()
+    return IntegerModel(stp_jax.integer_network(run.model, example))
 
 
 class Stage(NamedTuple):

@@ -9,6 +9,7 @@ import importlib as _importlib
 import typing as _typing
 
 from stp_jax.quant.allocation import allocate as allocate
+from stp_jax.quant.batch_norm import fold_batch_norm as fold_batch_norm
 from stp_jax.quant.bias import correct_bias as correct_bias
 from stp_jax.quant.budgets import budgets as budgets
 from stp_jax.quant.budgets import mean_budgets as mean_budgets
@@ -24,6 +25,8 @@ from stp_jax.quant.default_policy import default_policy as default_policy
 from stp_jax.quant.guidance import damping as damping
 from stp_jax.quant.guidance import guidance as guidance
 from stp_jax.quant.integer import integer_model as integer_model
+from stp_jax.quant.integer_network import integer_network as integer_network
+from stp_jax.quant.integer_steps import IntegerNetwork as IntegerNetwork
 from stp_jax.quant.layers import quantized_layers as quantized_layers
 from stp_jax.quant.linen import BoundModel as BoundModel
 from stp_jax.quant.linen import QuantizedModule as QuantizedModule

@@ -505,6 +505,43 @@ def replace_kernel(model: Any, layer: KernelLayer, value: jax.Array) -> None:
         setattr(_nnx_module(model, layer.path), layer.kernel_name, nnx.Param(value))
 
 
+def set_bias(model: nnx.Module, layer: KernelLayer, value: jax.Array | None) -> None:
+    """Gives a convolution or dense layer of an NNX model a bias, or takes it away, in place."""
+    module = _nnx_module(model, layer.path)
+    module.use_bias = value is not None
+    module.bias = nnx.data(None) if value is None else nnx.Param(value)
+
+
+class Identity(nnx.Module):
+    """Takes the place of a layer that has nothing left to do."""
+
+    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        """Returns x."""
+        return x
+
+
+def remove_batch_norm(model: nnx.Module, path: str) -> tuple[jax.Array, jax.Array]:
+    """Takes a BatchNorm out of an NNX model, in place; an `Identity` is left.
+
+    Returns:
+      Factor and summand per channel that make its output from its input in evaluation.
+    """
+    norm = _nnx_module(model, path)
+    factor = jax.lax.rsqrt(norm.var[...] + norm.epsilon)
+    if norm.scale is not None:
+        factor = factor * norm.scale[...]
+    summand = -norm.mean[...] * factor
+    if norm.bias is not None:
+        summand = summand + norm.bias[...]
+    parent, _, name = path.rpartition(".")
+    owner = _nnx_module(model, parent)
+    if isinstance(owner, nnx.List):
+        owner[int(name)] = Identity()
+    else:
+        setattr(owner, name, Identity())
+    return factor, summand
+
+
 def model_name(model: Any) -> str:
     """The class of a model, of a Linen model its module's."""
     return type(model.module if isinstance(model, LinenModel) else model).__name__
@@ -559,7 +596,7 @@ def training_batch_norms(model: Any) -> list[str]:
 
 def conv_patches(
     x: jax.Array,
-    kernel: jax.Array,
+    kernel: jax.Array | np.ndarray,
     window_strides: Any,
     padding: Any,
     pixels: np.ndarray | None = None,

@@ -9,6 +9,7 @@ from stp_jax.export.packed import load_packed as load_packed
 from stp_jax.export.packed import packed_sizes as packed_sizes
 from stp_jax.export.packed import save_packed as save_packed
 from stp_jax.export.rtl import layer_jobs as layer_jobs
+from stp_jax.export.rtl import simulate_network as simulate_network
 from stp_jax.export.rtl import write_layer_images as write_layer_images
 from stp_jax.export.variables import is_variables as is_variables
 from stp_jax.export.variables import load_variables as load_variables

@@ -1,14 +1,15 @@
 """ONNX graphs of STP models: int8 kernels and activations as QuantizeLinear/DequantizeLinear pairs.
 
 The model is traced to a jaxpr in which each quantized layer shows its integers (two primitives of
-this module), and every operation of the jaxpr becomes an ONNX node. What follows from parameters
-alone is computed on the way, so that the graph holds what depends on the input. Convolution and
-matrix product nodes carry their layers' paths as names.
+`stp_jax.quant.tracing`), and every operation of the jaxpr becomes an ONNX node. What follows from
+parameters alone is computed on the way, so that the graph holds what depends on the input.
+Convolution and matrix product nodes carry their layers' paths as names.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,72 +17,27 @@ from types import ModuleType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.extend import core
 
 from stp_jax import hooks
-from stp_jax.hooks import Hooks, KernelLayer
-from stp_jax.quant.layers import QuantizedLayer, quantized_layers, without_quantizers
+from stp_jax.quant.layers import quantized_layers
+from stp_jax.quant.tracing import check_calibrated, trace_integers, walk
 
 # QuantizeLinear and DequantizeLinear with axes, reductions with axes as inputs: ONNX 1.13 (2022).
 OPSET = 18
 IR_VERSION = 8
 
-# --- The model with its integers in sight ---------------------------------------------------------
 
-_quantized_input = core.Primitive("stp_quantized_input")
-_quantized_kernel = core.Primitive("stp_quantized_kernel")
-_quantized_input.def_abstract_eval(lambda x, scale, *, bits: x)
-_quantized_kernel.def_abstract_eval(lambda q, scale, *, layer: q.update(dtype=scale.dtype))
-
-
-def _show_operands(quantized: QuantizedLayer, promote: Callable) -> Callable:
-    """Takes the place of a quantizer: the same numbers through this module's primitives."""
-    rule, format = quantized.rule, quantized.format
-    integers, scale = quantized.integers().astype(jnp.int8), quantized.scale
-    stored = quantized.stored_input_scale
-
-    def shown(operands: tuple[Any, ...], **kwargs: Any) -> tuple[Any, ...]:
-        kernel = _quantized_kernel.bind(integers, scale, layer=quantized.path)
-        if len(operands) == 1:
-            return promote((kernel,), **kwargs)
-        x, _, *rest = operands
-        if stored is None:
-            x = format.quantize_input(x, None)
-        else:
-            x = x.astype(jnp.float32)
-            x = _quantized_input.bind(x, jnp.abs(stored), bits=rule.activation_bits)
-        return promote((x, kernel, *rest), **kwargs)
-
-    return shown
-
-
-def _shown(model: Any) -> Any:
-    """A copy of the model for evaluation, its quantizers replaced."""
-    layers = quantized_layers(model)
-    for path, quantized in layers.items():
-        rule, stored = quantized.rule, quantized.stored_input_scale
+def _check(model: Any) -> None:
+    """Raises ValueError if a layer has numbers that this form lacks."""
+    for path, quantized in quantized_layers(model).items():
+        rule = quantized.rule
         if rule.bits > 8 or rule.activation_bits > 8 or rule.activation_terms is not None:
             raise ValueError(
                 f"layer {path!r}: ONNX export is for weights and inputs of up to 8 bits, and for "
                 "inputs that keep all their terms"
             )
-        if stored is not None and not quantized.layer.is_table and not stored:
-            raise ValueError(f"layer {path!r}: its input has no scale yet; call stp_jax.calibrate")
-
-    def operands(layer: KernelLayer, promote: Callable) -> Callable | None:
-        return _show_operands(layers[layer.path], promote) if layer.path in layers else None
-
-    def product(layer: KernelLayer, product: Callable) -> Callable | None:
-        # Convolutions shall stay such, however JAX computes them.
-        return jax.lax.conv_general_dilated if layer.kind == "conv" else None
-
-    shown = hooks.attach(without_quantizers(model), Hooks(operands=operands, product=product))
-    if isinstance(shown, nnx.Module):
-        shown.eval()
-    return shown
+        check_calibrated(quantized)
 
 
 # --- Values ---------------------------------------------------------------------------------------
@@ -530,58 +486,10 @@ _LOWERINGS: dict[str, Callable[..., Any]] = {
 SUPPORTED = tuple(name for name in _LOWERINGS if not name.startswith("stp_"))  # of jax.lax
 
 
-# --- The walk -------------------------------------------------------------------------------------
+# --- The whole ------------------------------------------------------------------------------------
 
 
-def _inner(eqn: Any) -> core.ClosedJaxpr | None:
-    """The jaxpr of an equation that only calls one (jit, custom derivatives, remat)."""
-    called = [v for v in eqn.params.values() if isinstance(v, core.ClosedJaxpr | core.Jaxpr)]
-    is_call = eqn.primitive.name in ("jit", "pjit", "closed_call", "custom_jvp_call", "checkpoint")
-    if not (is_call or eqn.primitive.name.startswith("custom_vjp_call")) or len(called) != 1:
-        return None
-    inner = called[0]
-    return inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
-
-
-def _fold(eqn: Any, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Computes an equation whose inputs are all constant."""
-    shapes = [var.aval.shape for var in eqn.invars]
-    full = [jnp.asarray(np.broadcast_to(x, s)) for x, s in zip(inputs, shapes, strict=True)]
-    out = eqn.primitive.bind(*full, **eqn.params)
-    return [np.asarray(value) for value in (out if eqn.primitive.multiple_results else [out])]
-
-
-def _is_constant(eqn: Any, inputs: Sequence[Any]) -> bool:
-    """Whether to compute an equation now; kernels stay integers, broadcasts small."""
-    kept = ("broadcast_in_dim", _quantized_kernel.name)
-    return eqn.primitive.name not in kept and all(isinstance(x, np.ndarray) for x in inputs)
-
-
-def _convert(graph: _Graph, closed: core.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
-    """Adds the nodes of a jaxpr to the graph and returns its outputs."""
-    jaxpr: Any = closed.jaxpr
-    values: dict[Any, Any] = dict(zip(jaxpr.constvars, map(np.asarray, closed.consts), strict=True))
-    values.update(zip(jaxpr.invars, arguments, strict=True))
-
-    def read(var: Any) -> Any:
-        if not isinstance(var, core.Literal):
-            return values[var]
-        return np.asarray(var.val, var.aval.dtype)  # type: ignore[attr-defined]
-
-    for eqn in jaxpr.eqns:
-        inputs = [read(var) for var in eqn.invars]
-        inner = _inner(eqn)
-        if inner is not None:
-            outputs = _convert(graph, inner, inputs)
-        elif _is_constant(eqn, inputs):
-            outputs = _fold(eqn, inputs)
-        else:
-            outputs = _lower(graph, eqn, inputs)
-        values.update(zip(eqn.outvars, outputs, strict=True))
-    return [read(var) for var in jaxpr.outvars]
-
-
-def _lower(graph: _Graph, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+def _lower(graph: _Graph, eqn: Any, inputs: Sequence[Any]) -> Sequence[Any]:
     name = eqn.primitive.name
     if name not in _LOWERINGS:
         raise ValueError(
@@ -620,13 +528,12 @@ def export_onnx(model: Any, example: Any, path: str | Path) -> None:
         raise ImportError(
             "export_onnx needs the onnx package: pip install 'stp-jax[onnx]'"
         ) from error
-    shown = _shown(model)
-    closed = jax.make_jaxpr(lambda x: shown(x))(example)
-    if len(closed.out_avals) != 1:
-        raise ValueError(f"the model must return one array, it returns {len(closed.out_avals)}")
+    _check(model)
+    closed = trace_integers(model, example)
     graph = _Graph(onnx)
     graph.unique("input")
-    (result,) = _convert(graph, closed, [_Tensor("input", example.shape)])
+    arguments = [_Tensor("input", example.shape)]
+    (result,) = walk(closed, arguments, functools.partial(_lower, graph))
     out = closed.out_avals[0]
     final = graph.full(result, out.shape)
     graph.nodes.append(onnx.helper.make_node("Identity", [final.name], ["logits"], name="logits"))

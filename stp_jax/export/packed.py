@@ -40,8 +40,9 @@ from stp_jax.terms import PackedTerms, pack, unpack
 from stp_jax.terms.packing import slot_format
 
 FORMAT = "stp_jax.packed_terms"
-VERSION = 3  # the latest that is read; a file is written as the first that has what it needs:
-_BY_FILTER, _BY_GROUP = 2, 3  # budgets by filter, scales by group; all others are version 1
+VERSION = 4  # the latest that is read; a file is written as the first that has what it needs:
+_BY_FILTER, _BY_GROUP = 2, 3  # budgets by filter, scales by group
+_POWERS = 4  # power-of-two scales, with biases on the grid of the sums; all others are version 1
 Model = TypeVar("Model", bound=nnx.Module)
 _BUDGET = ".promote_dtype.budget"
 
@@ -92,7 +93,7 @@ def _layer_tensors(
     """The tensors of one quantized layer and its entry in the metadata."""
     name = _kernel_name(path, quantized)
     rule, budgets = quantized.rule, np.asarray(quantized.flat_budget)
-    tensors = {f"{name}.scale": quantized.shared_scale}
+    tensors: dict[str, Any] = {f"{name}.scale": quantized.shared_scale}
     entry: dict[str, Any] = {
         "kernel": name,
         "shape": integers.shape,
@@ -108,7 +109,7 @@ def _layer_tensors(
     else:
         tensors[f"{name}.integers"] = jnp.asarray(integers.astype(_integer_type(rule)))
     if quantized.stored_input_scale is not None:
-        tensors[f"{path}.input.scale"] = jnp.abs(quantized.stored_input_scale)
+        tensors[f"{path}.input.scale"] = quantized.input_scale
     if rule.weight_scale == "max":
         # The largest weight that set the scale is gone: from now on the scale is a stored one.
         rule = dataclasses.replace(rule, weight_scale="search")
@@ -117,6 +118,8 @@ def _layer_tensors(
         del entry["rule"]["scale_group"]  # unknown before version 3
     else:
         entry["scale_axis"] = quantized.format.axes.groups[0]
+    if not rule.power_of_two_scales:
+        del entry["rule"]["power_of_two_scales"]  # unknown before version 4
     return tensors, entry
 
 
@@ -177,7 +180,8 @@ def save_packed(model: Any, path: str | Path) -> None:
         tensors |= of_layer
     by_filter = any(isinstance(entry["budget"], list) for entry in entries.values())
     by_group = any("scale_axis" in entry for entry in entries.values())
-    version = _BY_GROUP if by_group else _BY_FILTER if by_filter else 1
+    powers = any("power_of_two_scales" in entry["rule"] for entry in entries.values())
+    version = _POWERS if powers else _BY_GROUP if by_group else _BY_FILTER if by_filter else 1
     header = {"version": version, "model": model_name(model), "layers": entries}
     write(Path(path), tensors, {FORMAT: json.dumps(header)})
 

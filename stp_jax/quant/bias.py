@@ -10,7 +10,7 @@ running mean of the BatchNorm that follows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import jax
@@ -27,9 +27,14 @@ from stp_jax.quant.calibration import (
 from stp_jax.quant.layers import quantized_layers
 
 
-def find_batch_norms(model: Any, batch: Any, call: Callable) -> dict[str, str]:
-    """The BatchNorm that takes the very output of each quantized layer, by the layers' paths."""
-    layers = quantized_layers(model)
+def find_batch_norms(
+    model: Any, layers: Container[str], batch: Any, call: Callable
+) -> dict[str, str]:
+    """The BatchNorm that takes the very product of each of the layers, by the layers' paths.
+
+    Raises:
+      ValueError: products of a layer go into several BatchNorms.
+    """
     state, rebuild = hooks.functional(model)
     followers: dict[str, str] = {}
 
@@ -47,7 +52,11 @@ def find_batch_norms(model: Any, batch: Any, call: Callable) -> dict[str, str]:
             return remembered
 
         def recognise(path: str, x: jax.Array) -> None:
-            followers.update((name, path) for name, y in outputs if y is x)
+            for name in (name for name, y in outputs if y is x):
+                if followers.setdefault(name, path) != path:
+                    raise ValueError(
+                        f"layer {name!r} goes into the BatchNorms {followers[name]!r} and {path!r}"
+                    )
 
         probe = hooks.attach(rebuild(state), Hooks(product=remember, batch_norm_input=recognise))
         call(probe, batch)
@@ -144,7 +153,7 @@ def correct_bias(
             "call model.eval() first"
         )
     layers = quantized_layers(model)
-    followers = find_batch_norms(model, batches[0], call)
+    followers = find_batch_norms(model, layers, batches[0], call)
     biases = {
         path: bias
         for path, quantized in layers.items()

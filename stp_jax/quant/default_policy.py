@@ -34,6 +34,7 @@ def default_policy(
     method: Method = "optimal",
     weight_bits: int = 8,
     activation_bits: int = 8,
+    power_of_two_scales: bool = False,
     exempt: str | None = None,
 ) -> Policy:
     """Group budgets for a model's layers, except layers exempt from pruning.
@@ -47,6 +48,7 @@ def default_policy(
       method: how groups are projected.
       weight_bits: width of the integer weights of the layers that get a budget.
       activation_bits: width of the integer activations, whose scales are learned.
+      power_of_two_scales: as in `Rule`; for `stp_jax.integer_network`.
       exempt: regular expression of the layers that keep every term, in place of the model's own.
 
     Returns:
@@ -73,6 +75,7 @@ def default_policy(
             encoding=encoding,
             method=method,
             activation_bits=activation_bits,
+            power_of_two_scales=power_of_two_scales,
         )
 
     pattern = _exempt_pattern(model) if exempt is None else exempt

@@ -24,6 +24,7 @@ from stp_jax.quant.layers import (
     without_quantizers,
 )
 from stp_jax.quant.policy import Rule
+from stp_jax.quant.tracing import check_calibrated
 from stp_jax.terms.activations import activation_integers
 from stp_jax.terms.encodings import digit_planes, num_digits
 
@@ -113,11 +114,14 @@ def integer_model(model: Model, *, arithmetic: Arithmetic = "multiply") -> Model
     layers = quantized_layers(model)
     check_scale_by_filter(layers, "integer_model")
     for layer in layers.values():
-        _check(layer)
+        check_layer(layer)
     float_model = without_quantizers(model)
     for layer in layers.values():
         dtype = jnp.int8 if layer.rule.bits <= 8 else jnp.int32
         hooks.replace_kernel(float_model, layer.layer, layer.integers().astype(dtype))
+        bias = layer.quantize_bias(hooks.get_variable(float_model, layer.path, "bias"))
+        if bias is not None:
+            hooks.set_variable(float_model, layer.path, "bias", bias)
     rules = {path: layer.rule for path, layer in layers.items()}
     scales = {path: _scales(layer) for path, layer in layers.items()}
 
@@ -136,13 +140,13 @@ def integer_model(model: Model, *, arithmetic: Arithmetic = "multiply") -> Model
 
 def _scales(layer: QuantizedLayer) -> tuple[jax.Array, jax.Array]:
     """The scale of a layer's input, and that of its integer sums by output channel."""
-    stored = layer.stored_input_scale
-    assert stored is not None
-    of_input = jnp.abs(stored)
+    of_input = layer.input_scale
+    assert of_input is not None
     return of_input, layer.scale.reshape(layer.layer.out_features) * of_input
 
 
-def _check(layer: QuantizedLayer) -> None:
+def check_layer(layer: QuantizedLayer) -> None:
+    """Raises ValueError unless a layer can compute in integers; the message names it."""
     path, rule = layer.path, layer.rule
     if not layer.layer.has_plain_product:
         raise ValueError(
@@ -156,6 +160,4 @@ def _check(layer: QuantizedLayer) -> None:
         )
     if layer.is_stacked:
         raise ValueError(f"layer {path!r}: integer arithmetic of stacked layers is not supported")
-    stored = layer.stored_input_scale
-    if stored is None or not stored:
-        raise ValueError(f"layer {path!r}: its input has no scale yet; call stp_jax.calibrate")
+    check_calibrated(layer)

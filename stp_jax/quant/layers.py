@@ -22,7 +22,9 @@ from stp_jax.quant.policy import Rule
 from stp_jax.terms.activations import quantize_activations
 from stp_jax.terms.groups import GroupLayout
 from stp_jax.terms.quantizers import (
+    POWER_RATIOS,
     max_scale,
+    power_of_two,
     project_scaled,
     quantize_weights,
     quantize_weights_relaxed,
@@ -228,6 +230,7 @@ class LayerFormat:
             scale_axes=axes.scale,
             fmt=self.rule.format,
             importance=self._cut_importance(importance, kernel.shape),
+            powers_of_two=self.rule.power_of_two_scales,
         )
         return scale if self._runs is None else jnp.squeeze(scale, axes.groups)
 
@@ -235,8 +238,13 @@ class LayerFormat:
         """The positive scale, to broadcast against a kernel that was cut."""
         if stored is None:
             fixed = jax.lax.stop_gradient(self._cut(kernel))
-            return max_scale(fixed, axes=self._cut_axes.scale, bits=self.rule.bits)
-        return jnp.maximum(jnp.abs(self._cut_shared(stored)), _TINY)
+            largest = max_scale(fixed, axes=self._cut_axes.scale, bits=self.rule.bits)
+            return self._rounded(largest, up=True)
+        return self._rounded(jnp.maximum(jnp.abs(self._cut_shared(stored)), _TINY))
+
+    def _rounded(self, scale: jax.Array, *, up: bool = False) -> jax.Array:
+        """A scale as the rule allows it."""
+        return power_of_two(scale, up=up) if self.rule.power_of_two_scales else scale
 
     def kernel_scale(self, kernel: jax.Array, stored: jax.Array | None) -> jax.Array:
         """The positive scale of the kernel, float32, broadcastable to it."""
@@ -300,8 +308,32 @@ class LayerFormat:
         if stored is None:
             everything = tuple(range(x.ndim))
             fixed = jax.lax.stop_gradient(x)
-            return max_scale(fixed, axes=everything, bits=self.rule.activation_bits).reshape(())
-        return jnp.abs(stored.reshape(()))
+            peak = max_scale(fixed, axes=everything, bits=self.rule.activation_bits)
+            return self._rounded(peak.reshape(()), up=True)
+        return self.stored_input_scale(stored.reshape(()))
+
+    def stored_input_scale(self, stored: jax.Array) -> jax.Array:
+        """The scale of the input that a stored one stands for, of its shape, 0 or more."""
+        return self._rounded(jnp.abs(stored))
+
+    def quantize_bias(
+        self,
+        bias: jax.Array | None,
+        kernel: jax.Array,
+        stored: jax.Array | None,
+        stored_input: jax.Array | None,
+    ) -> jax.Array | None:
+        """The bias on the grid of the integer sums, where scales are powers of two.
+
+        The gradient passes straight through. Without a calibrated input there is no grid, and the
+        bias stays as it is.
+        """
+        if bias is None or stored_input is None or not self.rule.power_of_two_scales:
+            return bias
+        of_filters = jnp.squeeze(self.shared_scale(kernel, stored), self.axes.scale)
+        grid = jax.lax.stop_gradient(of_filters * self.stored_input_scale(stored_input.reshape(())))
+        rounded = jnp.where(grid > 0, jnp.round(bias / grid) * grid, bias)
+        return bias + jax.lax.stop_gradient(rounded - bias)
 
     def quantize_input(self, x: jax.Array, stored: jax.Array | None) -> jax.Array:
         """The input on its integer grid; float where the rule says so or before calibration."""
@@ -327,11 +359,14 @@ class LayerFormat:
         bits = self.rule.activation_bits
         peak = max_scale(x, axes=tuple(range(x.ndim)), bits=bits)
 
+        ratios = jnp.linspace(0.2, 1.0, 17, dtype=jnp.float32)
+        if self.rule.power_of_two_scales:
+            peak, ratios = power_of_two(peak, up=True), jnp.asarray(POWER_RATIOS)
+
         def error(ratio: jax.Array) -> jax.Array:
             q = self._quantize_input(x, peak * ratio)
             return jnp.mean((q - x).astype(jnp.float32) ** 2)
 
-        ratios = jnp.linspace(0.2, 1.0, 17, dtype=jnp.float32)
         return peak.reshape(()) * ratios[jnp.argmin(jax.lax.map(error, ratios))]
 
 
@@ -394,6 +429,12 @@ class QuantizedLayer(abc.ABC):
     @abc.abstractmethod
     def stored_input_scale(self) -> jax.Array | None:
         """The scale of the input that is stored, 0 before calibration; None where there is none."""
+
+    @property
+    def input_scale(self) -> jax.Array | None:
+        """The scale of the input in use, 0 or more; None where none is stored."""
+        stored = self.stored_input_scale
+        return None if stored is None else self.format.stored_input_scale(stored)
 
     @property
     @abc.abstractmethod
@@ -508,6 +549,11 @@ class QuantizedLayer(abc.ABC):
     def shared_scale(self) -> jax.Array:
         """The positive scale as it is stored, each number once; see `LayerFormat`."""
         return self.map_stack(self.format.shared_scale, self.kernel, self.stored_scale)
+
+    def quantize_bias(self, bias: jax.Array | None) -> jax.Array | None:
+        """The bias as the layer adds it; see `LayerFormat.quantize_bias`."""
+        stored = self.stored_scale
+        return self.format.quantize_bias(bias, self.kernel, stored, self.stored_input_scale)
 
     def integers(self, budget: jax.typing.ArrayLike | None = None) -> jax.Array:
         """The integers of the quantized kernel at the present budget or another one, int32."""

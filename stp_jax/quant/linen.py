@@ -122,11 +122,14 @@ class _Quantizer:
         if len(operands) == 1:
             format = self._format(operands[0])
             return self.promote((self._quantize_kernel(format, operands[0]),), **options)
-        x, kernel, *rest = operands
+        x, kernel, *biases = operands
         format = self._format(kernel)
-        kernel = self._quantize_kernel(format, kernel)
+        quantized = self._quantize_kernel(format, kernel)
         x = self._quantize_input(format, x, kernel.ndim)
-        return self.promote((x, kernel, *rest), **options)
+        if self.run.observe is None:  # else the input's scale is the number of a slot
+            stored, of_input = (self._stored(f"{o}_scale", None) for o in ("weight", "activation"))
+            biases = [format.quantize_bias(b, kernel, stored, of_input) for b in biases]
+        return self.promote((x, quantized, *biases), **options)
 
     def _format(self, kernel: jax.Array) -> LayerFormat:
         format = LayerFormat(self.rule, kernel_axes(self.layer, kernel.shape))

@@ -107,8 +107,10 @@ class Quantizer(nnx.Module):
         """Quantizes (input, kernel, …), or (table,), and promotes them as the layer would."""
         if len(operands) == 1:
             return self.promote((self.quantize_kernel(operands[0]),), **kwargs)
-        x, kernel, *rest = operands
-        operands = (self.quantize_input(x), self.quantize_kernel(kernel), *rest)
+        x, kernel, *biases = operands
+        stored, of_input = self.stored_scale, self.stored_input_scale
+        biases = [self.format.quantize_bias(b, kernel, stored, of_input) for b in biases]
+        operands = (self.quantize_input(x), self.quantize_kernel(kernel), *biases)
         return self.promote(operands, **kwargs)
 
 

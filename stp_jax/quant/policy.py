@@ -40,6 +40,7 @@ class Rule:
     bits: int = 8  # width of the integer weights
     weight_scale: WeightScale = "learned"  # per output channel: largest weight, search, LSQ
     scale_group: int | None = None  # weights along the reduction that share a scale; None: all
+    power_of_two_scales: bool = False  # of weights and input; biases then lie on the sums' grid
     activations: Activations = "learned"  # the layer's input, per tensor; "none" stays float
     activation_bits: int = 8  # width of the integer activations
     activation_terms: int | None = None  # most terms of each, by encoding and method; None: all
@@ -71,6 +72,8 @@ class Rule:
         size = self.scale_group
         if size is None:
             return
+        if self.power_of_two_scales:
+            raise ValueError("power_of_two_scales needs one scale per filter, without scale_group")
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"scale_group must be a positive integer or None, got {size!r}")
         if isinstance(self.group_size, int) and self.group_size > 0 and size % self.group_size:

@@ -437,7 +437,7 @@ def reconstruct(
             check_search(layer.rule.format, beam, neighbours)
     trial = hooks.copy_model(model)
     set_budgets(trial, values)
-    followers = find_batch_norms(model, batches[0], call)
+    followers = find_batch_norms(model, layers, batches[0], call)
     fits, shifts, losses = _fit_all(trial, batches, followers, search, call)
     set_budgets(model, values)
     _apply(model, layers, fits, shifts, followers)

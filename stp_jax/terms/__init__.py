@@ -41,6 +41,7 @@ from stp_jax.terms.projection import max_budget as max_budget
 from stp_jax.terms.projection import project as project
 from stp_jax.terms.quantizers import WeightFormat as WeightFormat
 from stp_jax.terms.quantizers import max_scale as max_scale
+from stp_jax.terms.quantizers import power_of_two as power_of_two
 from stp_jax.terms.quantizers import project_scaled as project_scaled
 from stp_jax.terms.quantizers import quantize_weights as quantize_weights
 from stp_jax.terms.quantizers import quantize_weights_relaxed as quantize_weights_relaxed

@@ -21,6 +21,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from stp_jax.terms.encodings import ENCODINGS, Encoding, check_encoding
 from stp_jax.terms.groups import GroupLayout, check_group_size
@@ -33,6 +34,9 @@ from stp_jax.terms.projection import (
     max_budget,
     project,
 )
+
+# Scales that a search for powers of two tries, over the one that just reaches the largest value.
+POWER_RATIOS = np.exp2(-np.arange(4, dtype=np.float32))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -288,10 +292,36 @@ def max_scale(w: jax.Array, *, axes: tuple[int, ...], bits: int = 8) -> jax.Arra
     return jnp.where(peak > 0, peak / largest, jnp.float32(1))
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))
-def _search_scale(w, budget, importance, ratios, axes, scale_axes, fmt):
+@functools.partial(jax.jit, static_argnames="up")
+def power_of_two(scale: jax.Array, *, up: bool = False) -> jax.Array:
+    """The power of two nearest to each scale in the logarithm, or the next one not below it.
+
+    Its gradient is passed straight through, so that learned scales keep their float values, as in
+    Jain et al., "Trained Quantization Thresholds", MLSys 2020, sec. 3.
+
+    Args:
+      scale: float32, positive; 0 stays 0.
+      up: round up, so that nothing within the scale's range leaves it.
+
+    Returns:
+      float32 of the shape of scale.
+
+    >>> power_of_two(jnp.array([0.7, 0.75, 1.0])).tolist()
+    [0.5, 1.0, 1.0]
+    """
+    mantissa, exponent = jnp.frexp(jax.lax.stop_gradient(scale))  # mantissa in [1/2, 1)
+    is_lower = mantissa <= 0.5 if up else mantissa < math.sqrt(0.5)
+    power = jnp.ldexp(jnp.float32(1), exponent - is_lower.astype(jnp.int32))
+    # Exact: the difference of two numbers within a factor of two has no rounding error.
+    return scale + jnp.where(scale > 0, power - jax.lax.stop_gradient(scale), jnp.float32(0))
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
+def _search_scale(w, budget, importance, ratios, axes, scale_axes, fmt, powers):
     w = w.astype(jnp.float32)
     largest = max_scale(w, axes=scale_axes, bits=fmt.bits)
+    if powers:
+        largest = power_of_two(largest, up=True)
 
     def try_ratio(ratio: jax.Array) -> jax.Array:
         scale = largest * ratio
@@ -314,6 +344,7 @@ def search_scale(
     importance: jax.Array | None = None,
     candidates: int = 24,
     lowest: float = 0.4,
+    powers_of_two: bool = False,
 ) -> jax.Array:
     """The scale per channel at which the projected weights lie nearest to w.
 
@@ -330,6 +361,7 @@ def search_scale(
       importance: non-negative weights of the squared errors, broadcastable to w.
       candidates: how many scales to try, 1 or more.
       lowest: the smallest multiple.
+      powers_of_two: try the power of two at or above `max_scale` and the three below it instead.
 
     Returns:
       float32, shaped as by `max_scale`.
@@ -338,4 +370,6 @@ def search_scale(
         raise ValueError(f"candidates must be 1 or more, got {candidates}")
     budget = fmt.aligned_budget(budget, w.shape, axes)
     ratios = jnp.linspace(lowest, 1.15, candidates, dtype=jnp.float32)
-    return _search_scale(w, budget, importance, ratios, axes, scale_axes, fmt)
+    if powers_of_two:
+        ratios = jnp.asarray(POWER_RATIOS)
+    return _search_scale(w, budget, importance, ratios, axes, scale_axes, fmt, powers_of_two)

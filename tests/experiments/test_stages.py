@@ -91,6 +91,13 @@ def test_the_test_examples_are_read_at_the_end_or_not_at_all(tmp_path, folder, m
     assert later.test == outcome.test
 
 
+def test_the_last_stage_may_be_in_integers_throughout(tmp_path, folder):
+    outcome = stages.train(make(tmp_path, folder, "integer_network=true", "test=false"))
+    assert outcome.validation["integer"] == outcome.validation["retrained"]
+    layers = stp_jax.quantized_layers(outcome.model).values()
+    assert all(layer.rule.power_of_two_scales for layer in layers)
+
+
 @pytest.mark.parametrize(
     ("order", "message"),
     [
