@@ -54,8 +54,8 @@ def lm1b(seed: int) -> Example:
         max_len=64,
         deterministic=True,
     )
-    tokens = jax.random.randint(jax.random.key(seed), (4, 64), 1, 512)
-    return models.TransformerLM(config), ".*logitdense", (tokens,), {}
+    tokens = jax.random.randint(jax.random.key(seed), (16, 64), 1, 512)
+    return models.TransformerLM(config), "", (tokens,), {}
 
 
 def gemma(seed: int) -> Example:
@@ -74,9 +74,9 @@ def gemma(seed: int) -> Example:
         weight_dtype=jnp.float32,
     )
     model = transformer.Transformer(config, rngs=nnx.Rngs(0))
-    tokens = jax.random.randint(jax.random.key(seed), (4, 32), 1, 512)
-    positions = jnp.broadcast_to(jnp.arange(32), (4, 32))
-    mask = jnp.broadcast_to(jnp.tril(jnp.ones((32, 32), bool)), (4, 32, 32))
+    tokens = jax.random.randint(jax.random.key(seed), (16, 32), 1, 512)
+    positions = jnp.broadcast_to(jnp.arange(32), (16, 32))
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((32, 32), bool)), (16, 32, 32))
     return model, "", (tokens, positions, None, mask), {}
 
 
@@ -86,8 +86,9 @@ EXAMPLES: dict[str, Callable[[int], Example]] = {"imagenet": imagenet, "lm1b": l
 def quantized(example: Example) -> Any:
     """The example as an STP model, a Linen one with its variables."""
     model, exempt, inputs, options = example
-    policy = stp_jax.default_policy(model, budget=32, exempt=exempt)
-    stp = stp_jax.quantize(model, policy)
+    rules = [stp_jax.Rule(path=exempt)] if exempt else []
+    rules.append(stp_jax.Rule(path=".*", budget=32))
+    stp = stp_jax.quantize(model, stp_jax.Policy(rules))
     if isinstance(model, nn.Module):
         return stp.bind(stp.init(jax.random.key(1), *inputs, **options))
     return stp

@@ -1,6 +1,7 @@
 """The Verilog against arithmetic, and the accelerator model's cycles against the Verilog."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -308,3 +309,16 @@ def test_missing_simulator_is_named(monkeypatch):
     assert not rtl.icarus_available()
     with pytest.raises(FileNotFoundError, match="apt-get install iverilog"):
         rtl.simulate_encoder(8)
+
+
+@needs_icarus
+def test_a_waveform_shows_every_element_in_every_cycle(tmp_path):
+    job = rtl.Job(weights=np.array([[3, 0, -4, 1]]), activations=np.array([[5, 6, 7, 8]]), budget=4)
+    sizes = {"rows": 1, "cols": 1, "group_size": 4}
+    (result,) = rtl.simulate_array([job], **sizes, waveform=tmp_path / "waves.vcd")
+    assert result.outputs == rtl.simulate_array([job], **sizes)[0].outputs == -5
+    waves = (tmp_path / "waves.vcd").read_text()
+    sum_register = re.search(r"\$scope module element \$end.*?(\S+) sum \[", waves, re.DOTALL)[1]
+    # 3 x 5 - 4 x 7 + 8, largest exponents first: 4 x 5, -4 x 7, -1 x 5, 1 x 8.
+    shown = [int(v, 2) for v in re.findall(rf"^b([01]+) {re.escape(sum_register)}$", waves, re.M)]
+    assert shown[:4] == [0, 20, 2**18 - 8, 2**18 - 13]

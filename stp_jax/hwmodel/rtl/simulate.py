@@ -75,7 +75,9 @@ def icarus_available() -> bool:
     return shutil.which("iverilog") is not None and shutil.which("vvp") is not None
 
 
-def run_bench(bench: str, parameters: Mapping[str, int], directory: pathlib.Path) -> list[str]:
+def run_bench(
+    bench: str, parameters: Mapping[str, int], directory: pathlib.Path, *plusargs: str
+) -> list[str]:
     """Compiles and runs one test bench in ``directory``; returns the lines it printed."""
     if not icarus_available():
         raise FileNotFoundError(
@@ -86,7 +88,7 @@ def run_bench(bench: str, parameters: Mapping[str, int], directory: pathlib.Path
     sources = sorted(str(path) for path in SOURCES.glob("*.v"))
     compile_command = ["iverilog", "-g2005", "-s", bench, "-o", str(program), *defines, *sources]
     printed = ""
-    for command in (compile_command, ["vvp", "-n", str(program)]):
+    for command in (compile_command, ["vvp", "-n", str(program), *plusargs]):
         done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
         printed = done.stdout
         if done.returncode or done.stderr or "FAIL" in printed:
@@ -161,6 +163,7 @@ def simulate_array(
     group_size: int,
     lanes: int = 1,
     encode_at_edge: bool = False,
+    waveform: str | pathlib.Path | None = None,
 ) -> list[JobResult]:
     """Runs matrix products on the input-stationary array of group PEs, one after another.
 
@@ -172,6 +175,8 @@ def simulate_array(
       lanes: L, terms that a PE takes in a cycle; from 2 on, PEs are those of gpe_lanes.v.
       encode_at_edge: False streams term slots; True stores weights as int8 and encodes
         them at the array's edge.
+      waveform: a VCD file to write, every signal of the array cycle by cycle, for a viewer such as
+        GTKWave or Surfer; it is large for more than a small job.
 
     Returns:
       One result a job, in order.
@@ -207,7 +212,10 @@ def simulate_array(
             "SLOT_BITS": slot_format(group_size, 2, images.BITS).wire_bits,
         }
         parameters["MAX_CYCLES"] = sum(hang_limit(job, rows, cols, group_size) for job in jobs)
-        run_bench("tb_gpe_array", parameters, directory)
+        plusargs = [] if waveform is None else ["+waveform=waves.vcd"]
+        run_bench("tb_gpe_array", parameters, directory, *plusargs)
+        if waveform is not None:
+            shutil.move(directory / "waves.vcd", waveform)
         counts = np.loadtxt(directory / "results.txt", dtype=np.int64, ndmin=2)
         outputs = _read_outputs(directory / "outputs.hex")
     ends = np.cumsum([job.weights.shape[0] * job.activations.shape[0] for job in jobs])

@@ -247,6 +247,12 @@ module tb_gpe_array;
 
     always #1 clock = ~clock;
 
+    reg [8*256-1:0] waveform;
+    initial if ($value$plusargs("waveform=%s", waveform)) begin
+        $dumpfile(waveform);
+        $dumpvars(0, tb_gpe_array);
+    end
+
     initial begin
         if (SLOT_BITS != 2 + EXPONENT + INDEX) $display("FAIL: SLOT_BITS is %0d", SLOT_BITS);
         $readmemh("jobs.hex", job_words);
