@@ -70,14 +70,12 @@ def few_terms(
     prepare(found)
     sizes, layers = export.packed_sizes(found).layers, stp_jax.quantized_layers(found)
     weights = sum(size.float32 for size in sizes.values()) / 4
-    encoding = options.get("encoding", "naf")
-    bits, terms = 0.0, 0
+    bits = 0.0
     for path, integers in stp_jax.integer_weights(found).items():
         layer = layers[path]
         dense = layer.rule.bits * integers.size + 8 * layer.shared_scale.nbytes
         bits += min(8 * sizes[path].packed, dense)
-        terms += int(stp_jax.terms.count(integers, encoding).sum())
-    return found, bits / weights, terms / weights
+    return found, bits / weights, stp_jax.terms_per_weight(found, layers)
 
 
 def reconstruction(calibration: list[jax.Array]) -> Callable[[Any], Any]:

@@ -39,19 +39,13 @@ _GATES = {"by_gates": "", "by_gates_strongest": ", strongest PEs of a class"}
 _PACKAGES = ("stp-jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain")
 
 
-def _terms(outcome: Outcome, encoding: Any) -> dict[str, Any]:
+def _terms(outcome: Outcome) -> dict[str, Any]:
     """Terms per weight that the integer weights really hold, by layer and over those with k."""
-    weights = stp_jax.integer_weights(outcome.model)
-    counts = {path: np.asarray(stp_jax.terms.count(v, encoding)) for path, v in weights.items()}
-    budgeted = [path for path in weights if path in outcome.budgets]
-
-    def mean(paths: list[str]) -> float:
-        return float(sum(counts[p].sum() for p in paths) / sum(counts[p].size for p in paths))
-
+    terms = stp_jax.weight_terms(outcome.model)
     return {
-        "budgeted_layers": mean(budgeted),
-        "all_layers": mean(list(weights)),
-        "by_layer": {path: float(counts[path].mean()) for path in weights},
+        "budgeted_layers": stp_jax.terms_per_weight(outcome.model, outcome.budgets),
+        "all_layers": stp_jax.terms_per_weight(outcome.model, terms),
+        "by_layer": {path: float(counts.mean()) for path, counts in terms.items()},
     }
 
 
@@ -111,7 +105,7 @@ def write_results(context: Context, outcome: Outcome, name: str) -> dict[str, An
         "examples": {
             split: len(getattr(context.dataset, split)) for split in ("train", "validation", "test")
         },
-        "terms_per_weight": _terms(outcome, config.encoding),
+        "terms_per_weight": _terms(outcome),
         # Terms per group; where each filter has its own, their mean, and below them all.
         "budgets": {
             path: budget if isinstance(budget, int) else float(np.mean(budget))

@@ -20,6 +20,8 @@ from stp_jax.quant.calibration import calibrate as calibrate
 from stp_jax.quant.calibration import integer_weights as integer_weights
 from stp_jax.quant.calibration import project_params as project_params
 from stp_jax.quant.calibration import search_weight_scales as search_weight_scales
+from stp_jax.quant.calibration import terms_per_weight as terms_per_weight
+from stp_jax.quant.calibration import weight_terms as weight_terms
 from stp_jax.quant.compensation import compensate as compensate
 from stp_jax.quant.default_policy import default_policy as default_policy
 from stp_jax.quant.guidance import damping as damping

@@ -238,16 +238,6 @@ WAYS: dict[str, Way] = {
 # --- Measuring ------------------------------------------------------------------------------------
 
 
-def _mean_terms(model: nnx.Module) -> float:
-    """Terms per weight that the integers of the layers with budgets hold."""
-    integers, layers = stp_jax.integer_weights(model), stp_jax.quantized_layers(model)
-    counts = [
-        (int(stp_jax.terms.count(integers[p], layers[p].rule.encoding).sum()), integers[p].size)
-        for p in stp_jax.budgets(model)
-    ]
-    return sum(held for held, _ in counts) / sum(size for _, size in counts)
-
-
 class _Record:
     """Predictions on disk by way and point, so that a run can go on."""
 
@@ -300,7 +290,7 @@ def run(config: ImagenetConfig, workdir: Path, console: Console) -> None:
     def measure(key: str, make: Callable[[], tuple[nnx.Module, dict[str, float]]]):
         def find() -> dict[str, Any]:
             model, layers = make()
-            held = None if key == "float" else _mean_terms(model)
+            held = None if key == "float" else stp_jax.terms_per_weight(model)
             return {
                 "classes": predict(model, data.images, config.batch_size),
                 "layers": layers,

@@ -10,9 +10,8 @@ import numpy as np
 
 from stp_jax.export.packed import packed_sizes
 from stp_jax.hooks import model_name
-from stp_jax.quant.calibration import integer_weights
+from stp_jax.quant.calibration import terms_per_weight, weight_terms
 from stp_jax.quant.layers import QuantizedLayer, quantized_layers
-from stp_jax.terms import count
 
 _LOADING = """\
 ```python
@@ -54,9 +53,8 @@ def model_card(
     # Example
     """
     sizes = packed_sizes(model).total
-    layers, integers = quantized_layers(model), integer_weights(model)
-    terms = {path: np.asarray(count(v, layers[path].rule.encoding)) for path, v in integers.items()}
-    held = sum(t.sum() for t in terms.values()) / sum(t.size for t in terms.values())
+    layers, terms = quantized_layers(model), weight_terms(model)
+    held = terms_per_weight(model, layers)
     parts = {
         "Model": f"`{model_name(model)}`, {len(layers)} quantized layers with {held:.3f} "
         "power-of-two terms per weight on average.",

@@ -13,8 +13,10 @@ import numpy as np
 from flax import nnx
 
 from stp_jax import hooks
+from stp_jax.quant.budgets import budgets
 from stp_jax.quant.layers import check_paths, find_layers, quantized_layers
 from stp_jax.quant.nnx import set_calibrating
+from stp_jax.terms import count
 
 
 def call_model(model: Any, batch: Any) -> Any:
@@ -163,3 +165,38 @@ def project_params(
 def integer_weights(model: Any) -> dict[str, np.ndarray]:
     """The integers of every quantized kernel at the present budgets: int32 by layer path."""
     return {path: np.asarray(q.integers()) for path, q in quantized_layers(model).items()}
+
+
+def weight_terms(model: Any) -> dict[str, np.ndarray]:
+    """The terms of every weight's integer: int32 of the kernel's shape, by layer path."""
+    layers = quantized_layers(model)
+    return {
+        path: np.asarray(count(integers, layers[path].rule.encoding))
+        for path, integers in integer_weights(model).items()
+    }
+
+
+def terms_per_weight(model: Any, paths: Iterable[str] | None = None) -> float:
+    """Mean number of terms that the integer weights really hold, at most what budgets allow.
+
+    Args:
+      model: an STP model; a Linen one with its variables.
+      paths: of layers; by default those with a budget.
+
+    Raises:
+      ValueError: a path is not a quantized layer, or there is no layer to count.
+
+    >>> import stp_jax
+    >>> from flax import nnx
+    >>> model = nnx.Linear(64, 32, rngs=nnx.Rngs(0))
+    >>> model = stp_jax.quantize(model, stp_jax.Policy([stp_jax.Rule(path=".*", budget=4)]))
+    >>> stp_jax.terms_per_weight(model) <= 0.5
+    True
+    """
+    terms = weight_terms(model)
+    chosen = list(budgets(model) if paths is None else paths)
+    check_paths(dict.fromkeys(chosen), quantized_layers(model))
+    if not chosen:
+        raise ValueError("no layer of the model has a budget; name the paths to count")
+    held = sum(int(terms[path].sum()) for path in chosen)
+    return held / sum(terms[path].size for path in chosen)

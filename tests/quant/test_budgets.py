@@ -205,3 +205,21 @@ def test_mistakes_are_named(model):
     with pytest.raises(TypeError, match="budgets are integers"):
         stp_jax.set_budgets(model, {"conv": np.full(12, 0.5)})
     assert stp_jax.budgets(model)["conv"] == 8
+
+
+def test_terms_per_weight_are_those_of_the_integers_over_the_chosen_layers():
+    model = nnx.Sequential(nnx.Linear(16, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 4, rngs=nnx.Rngs(1)))
+    rules = [Rule(path=r"layers\.1"), Rule(path=".*", budget=4)]
+    model = stp_jax.quantize(model, Policy(rules))
+    counts = {k: count(v) for k, v in stp_jax.integer_weights(model).items()}
+    held = stp_jax.weight_terms(model)
+    assert held.keys() == counts.keys()
+    for path, expected in counts.items():
+        np.testing.assert_array_equal(held[path], expected)
+    first, second = (int(counts[path].sum()) for path in ("layers.0", "layers.1"))
+    assert stp_jax.terms_per_weight(model) == first / 128
+    assert stp_jax.terms_per_weight(model, counts) == (first + second) / 160
+    with pytest.raises(ValueError, match="layers.2"):
+        stp_jax.terms_per_weight(model, ["layers.2"])
+    with pytest.raises(ValueError, match="no layer of the model has a budget"):
+        stp_jax.terms_per_weight(model, [])
