@@ -33,9 +33,13 @@ class Array:
     ``is`` inputs resident: K/g, P, M; ``ws`` weights resident: K/g, M, P; ``os`` outputs
     resident: P, M, K/g. The paper's array is ``is``.
 
+    With a ``count`` above 1 several arrays of this kind, each with its own buffers, share a layer:
+    its column folds are dealt out to them, since these depend on nothing of each other. They
+    take the same operands in lockstep, which DRAM delivers to all of them at once.
+
     Raises:
-      ValueError: a size is not a positive integer below 2**53, rows or columns are traced as
-        reals, a bandwidth is not positive, or the dataflow is unknown.
+      ValueError: a size is not a positive integer below 2**53, rows, columns or count are traced
+        as reals, a bandwidth is not positive, or the dataflow is unknown.
     """
 
     rows: Real = dataclasses.field(metadata=INTEGER)
@@ -47,6 +51,7 @@ class Array:
     ofmap_sram: Real = 256 << 10
     dram_bandwidth: Real = math.inf  # bytes per cycle, reads and writes together
     sram_bandwidth: Real = math.inf  # bytes per cycle of each of the three buffers' ports
+    count: Real = dataclasses.field(default=1, metadata=INTEGER)  # equal arrays beside each other
 
     def __post_init__(self) -> None:
         """Checks the dataflow and, where they are concrete, the numbers."""
@@ -55,7 +60,7 @@ class Array:
                 f"Array: dataflow must be one of {get_args(Dataflow)}, got {self.dataflow!r}"
             )
         buffers = ("ifmap_sram", "filter_sram", "ofmap_sram")
-        check_numbers("Array", rows=self.rows, cols=self.cols)
+        check_numbers("Array", rows=self.rows, cols=self.cols, count=self.count)
         check_numbers("Array", continuous=True, **{n: getattr(self, n) for n in buffers})
         bandwidths = ("dram_bandwidth", "sram_bandwidth")
         check_numbers("Array", integers=False, **{n: getattr(self, n) for n in bandwidths})
@@ -74,6 +79,7 @@ def fold(network: Network, array: Array, xp: ModuleType = np) -> Folding:
         "ws": (reduction, extents.M, extents.P),
         "os": (extents.P, extents.M, reduction),
     }[array.dataflow]
+    col_folds = ceil_div(col_extent, array.cols)
     integers = {
         "rows": array.rows,
         "cols": array.cols,
@@ -84,7 +90,9 @@ def fold(network: Network, array: Array, xp: ModuleType = np) -> Folding:
         "reduction_steps": reduction,
         "steps": steps,
         "row_folds": ceil_div(row_extent, array.rows),
-        "col_folds": ceil_div(col_extent, array.cols),
+        "col_folds": col_folds,
+        "rounds": ceil_div(extents.groups * col_folds, array.count),
+        "col_rounds": ceil_div(col_folds, array.count),
     }
     reals = {name: as_real(value, xp) for name, value in integers.items()}
     return Folding(dataflow=array.dataflow, extents=extents, **reals)

@@ -63,7 +63,7 @@ def peak_macs(design: Design, network: Network) -> float:
         budget = np.average(np.asarray(report.budgets), weights=report.operations["macs"])
         if budget == 0.0:
             return math.inf
-    return float(array.rows * array.cols * array.pe.nominal_macs(budget))
+    return float(array.count * array.rows * array.cols * array.pe.nominal_macs(budget))
 
 
 def match(

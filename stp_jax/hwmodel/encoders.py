@@ -80,13 +80,14 @@ def edge_encoders(
 
 
 def array_area_um2(array: Array, technology: Technology = HOROWITZ_45NM) -> dict[str, Real]:
-    """Area of the PEs and of the edge encoders, µm²; buffers and serialisers are not in it."""
-    area = {"pes": array.rows * array.cols * array.pe.area_um2(technology), "encoders": 0.0}
+    """Area of the PEs and edge encoders of all arrays, µm², without buffers and serialisers."""
+    places = array.count * array.rows * array.cols
+    area = {"pes": places * array.pe.area_um2(technology), "encoders": 0.0}
     encoders = (
         edge_encoders(array, technology=technology) if isinstance(array.pe, GroupPE) else None
     )
     if encoders is not None:
-        area["encoders"] = encoders.area_um2
+        area["encoders"] = array.count * encoders.area_um2
     return area
 
 

@@ -54,7 +54,8 @@ def evaluate(
     budgets by filter, the sum of the filters' k in place of T * k), plus
     stalls if bandwidths are finite: the first fold's fill, and max(0, transfers - computation) of
     the other transfers, which double buffering otherwise hides. SCALE-Sim prints one cycle
-    less a layer, the index of the last one.
+    less a layer, the index of the last one. Of several arrays (``array.count``) the busiest one
+    counts; energies and traffic are those of all.
 
     Args:
       network: the layers.
@@ -113,12 +114,14 @@ def evaluate(
     moved = traffic(network, array, folding, activity.weight_bits, smoothing)
     energies = _energy(array, technology, activity, moved)
     select_pj = energies.pop("select")
-    compute = folding.fill_cycles + activity.cycles
+    compute = (folding.fill_cycles + activity.cycles) * folding.parallel_share
     first_fill = moved.first_fill_bytes / array.dram_bandwidth
-    memory = memory_cycles(array, moved, smoothing)  # what the first fill leaves
+    memory = memory_cycles(
+        array, moved, folding.parallel_share, smoothing
+    )  # what the first fill leaves
     stalls = first_fill + smooth_maximum(memory, compute, smoothing) - compute
     cycles = compute + stalls
-    places = folding.rows * folding.cols
+    places = folding.rows * folding.cols * as_real(array.count, xp)
     report = Report(
         network=network,
         node_nm=technology.node_nm,

@@ -69,6 +69,13 @@ class Folding:
     steps: Vector  # along time
     row_folds: Vector
     col_folds: Vector
+    rounds: Vector  # column folds of all products that one of several arrays does
+    col_rounds: Vector  # those of one product
+
+    @property
+    def parallel_share(self) -> Vector:
+        """Share of the folds that the busiest array does: 1 for a single array."""
+        return self.rounds / (self.groups * self.col_folds)
 
     @property
     def folds(self) -> Vector:

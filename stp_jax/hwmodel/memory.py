@@ -88,13 +88,29 @@ def traffic(
             "os": xp.zeros_like(P),
         }[array.dataflow]
     )
+    # Several arrays take what DRAM reads again at the same time.
+    dram_input_passes, dram_weight_passes = {
+        "is": (once, folding.col_rounds),
+        "ws": (folding.col_rounds, once),
+        "os": (folding.col_rounds, row_folds),
+    }[array.dataflow]
     spills = xp.where(alive < array.ofmap_sram / 2.0, 0.0, accesses["sram_psum_read"])
     accesses |= {
-        "dram_ifmap_read": inputs * xp.where(fits_inputs, once, input_passes),
-        "dram_filter_read": groups * K * M * (1.0 + overflow * (weight_passes - 1.0)),
+        "dram_ifmap_read": inputs * xp.where(fits_inputs, once, dram_input_passes),
+        "dram_filter_read": groups * K * M * (1.0 + overflow * (dram_weight_passes - 1.0)),
         "dram_ofmap_write": outputs + spills,
         "dram_psum_read": spills,
     }
+    first_inputs, first_weights = (
+        inputs / (groups * input_folds),
+        K * M * weight_bytes / weight_folds,
+    )
+    # Arrays beside each other differ in the operand along the columns.
+    busy = xp.minimum(as_real(array.count, xp), groups * col_folds)
+    if array.dataflow == "is":
+        first_inputs = first_inputs * busy
+    else:
+        first_weights = first_weights * busy
     dram_inputs, dram_weights = accesses["dram_ifmap_read"], accesses["dram_filter_read"]
     partial = accesses["sram_psum_read"] * PARTIAL_SUM_BYTES
     return Traffic(
@@ -108,19 +124,21 @@ def traffic(
         + dram_weights * weight_bytes
         + outputs
         + 2.0 * spills * PARTIAL_SUM_BYTES,
-        first_fill_bytes=inputs / (groups * input_folds) + K * M * weight_bytes / weight_folds,
+        first_fill_bytes=first_inputs + first_weights,
     )
 
 
-def memory_cycles(array: Array, moved: Traffic, smoothing: float) -> Vector:
+def memory_cycles(array: Array, moved: Traffic, share: Vector, smoothing: float) -> Vector:
     """Cycles that DRAM or the busiest SRAM port needs for its bytes, shape (layers,).
 
-    DRAM's are those that may overlap the computation, after the fill of the first fold.
+    DRAM's are those that may overlap the computation, after the fill of the first fold. ``share``
+    of the SRAM's bytes pass the ports of the busiest array.
     """
     overlapped = namespace_of(moved.dram_bytes).maximum(
         moved.dram_bytes - moved.first_fill_bytes, 0.0
     )
     cycles = overlapped / array.dram_bandwidth
     for transferred in moved.sram_bytes.values():
-        cycles = smooth_maximum(cycles, transferred / array.sram_bandwidth, smoothing)
+        of_the_busiest = transferred * share / array.sram_bandwidth
+        cycles = smooth_maximum(cycles, of_the_busiest, smoothing)
     return cycles

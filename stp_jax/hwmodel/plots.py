@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from stp_jax.hwmodel.arrays import Array
+from stp_jax.hwmodel.arrays import Array, fold
 from stp_jax.hwmodel.report import Report
 
 if TYPE_CHECKING:
@@ -53,7 +53,9 @@ def roofline(report: Report, array: Array) -> pd.DataFrame:
     # Without any work (no term in any weight) nothing limits the computation.
     rate = np.divide(macs, busy, out=np.full(len(macs), np.inf), where=busy > 0)
     intensity = macs / report.dram_bytes
-    port_bytes = np.max(list(report.sram_bytes.values()), axis=0)
+    # Of several arrays, each has ports of its own.
+    share = fold(report.network, array).parallel_share
+    port_bytes = np.max(list(report.sram_bytes.values()), axis=0) * share
     roofs = {
         "compute": rate,
         "memory": intensity * array.dram_bandwidth,

@@ -29,9 +29,10 @@ ARRAY_FIELDS = (
     "ofmap_sram",
     "dram_bandwidth",
     "sram_bandwidth",
+    "count",
 )
 _PE_FIELDS = ("group_size", "budgets")
-_INTEGERS = ("rows", "cols", "group_size")
+_INTEGERS = ("rows", "cols", "count", "group_size")
 
 
 def sweep(

@@ -219,7 +219,7 @@ def test_terms_per_weight_are_those_of_the_integers_over_the_chosen_layers():
     first, second = (int(counts[path].sum()) for path in ("layers.0", "layers.1"))
     assert stp_jax.terms_per_weight(model) == first / 128
     assert stp_jax.terms_per_weight(model, counts) == (first + second) / 160
-    with pytest.raises(ValueError, match="layers.2"):
+    with pytest.raises(ValueError, match=r"layers\.2"):
         stp_jax.terms_per_weight(model, ["layers.2"])
     with pytest.raises(ValueError, match="no layer of the model has a budget"):
         stp_jax.terms_per_weight(model, [])
