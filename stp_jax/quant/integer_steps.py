@@ -337,7 +337,7 @@ def few_terms(
       The fraction's bits, and the terms of n.
 
     >>> few_terms(0.75), few_terms(1 / 49)
-    ((2, ((1, 2), (-1, 0))), (18, ((1, 12), (1, 10), (1, 8), (-1, 5), (1, 3))))
+    ((2, ((1, 2), (-1, 0))), (17, ((1, 11), (1, 9), (1, 7), (-1, 4), (1, 2), (-1, 0))))
     """
     start = -math.frexp(factor)[1]
     tried = []

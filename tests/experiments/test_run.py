@@ -202,6 +202,15 @@ def test_wrong_processes_are_named(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, as in a terminal; what is started in the background may ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_is_obeyed_at_the_end_of_the_step_and_a_second_one_at_once():
     with processes.deferred_signals():
         assert processes.pending() is None
