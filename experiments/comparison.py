@@ -45,7 +45,7 @@ class Method:
     trained: bool = True
     priced: bool = True  # whether the group PE's energy and cycles are the method's own
     stage: str = "retrained"  # whose accuracy counts
-    reference: str | None = None  # of a part: the method without the change
+    reference: str | None = None  # the method that it is set against: of a part, without the change
 
     def at(self, terms: float, group_size: int) -> dict[str, str] | None:
         """The settings at so many terms per weight; None where its budget is no whole number."""
@@ -291,7 +291,7 @@ def summary(results: Mapping[str, Any], split: str = "test") -> pd.DataFrame:
     Returns:
       A row for each method, terms per weight and steps: ``top1`` (mean), ``interval`` (half of the
       95 % one), ``seeds``, ``loss`` (mean points below the float baseline of the same steps and
-      seed) with ``loss_interval``, ``change`` (of a part: points over its reference, paired by
+      seed) with ``loss_interval``, ``change`` (points over its reference, paired by
       seed) with ``change_interval``, and means of the terms held, the savings and the cycles.
     """
     rows = pd.DataFrame(results["rows"]).rename(columns={split: "top1"})

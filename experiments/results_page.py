@@ -56,6 +56,7 @@ def _methods(results: Mapping[str, Any], table: pd.DataFrame) -> str:
                 results["methods"][row["method"]]["title"],
                 f"{_between(row['top1'], row['interval'])} ({int(row['seeds'])})",
                 _between(row["loss"], row["loss_interval"]),
+                _between(row["change"], row["change_interval"], "+.2f"),
                 _number(row["terms_held"], ".3f"),
                 _number(row["saving_by_gates"], ".2f", "×"),
                 _number(row["saving"], ".2f", "×"),
@@ -67,6 +68,7 @@ def _methods(results: Mapping[str, Any], table: pd.DataFrame) -> str:
         "method",
         "test top-1, % (seeds)",
         "points below float",
+        "points over STP by filter",
         "terms held",
         "saving by gates",
         "by the table",
@@ -189,7 +191,8 @@ def page(results: Mapping[str, Any], study: Mapping[str, Any] | None = None) -> 
         f"Device: {results['device']}.",
         f"Test top-1 after these steps: {', '.join(baselines)}.",
         "## Methods at equal terms per weight",
-        "*Points below float* compares equal seeds and steps. *Saving* is the int8 bit-parallel "
+        "*Points below float* and *over STP by filter* are differences paired by seed, at equal "
+        "steps. *Saving* is the int8 bit-parallel "
         "array's computational energy over the group PE's, same network, "
         f"{results['array']}, 45 nm: by gates, as measured on netlists, and by a table of "
         "arithmetic energies ([how](hardware.md#energy-by-gates)); memory is apart, and the same "

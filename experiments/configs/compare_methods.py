@@ -52,16 +52,28 @@ METHODS: dict[str, Method] = {
         title="term revealing, retrained",
         kind="rival",
         settings="budget={budget} method=greedy encoding=hese",
+        reference="filter",
     ),
     # Every weight by itself, as in shift-add networks: one term is a power of two, two are the
     # range of sums of two powers.
     "cap": Method(
-        title="term cap per weight", kind="rival", settings="group_size=1 budget={budget}"
+        title="term cap per weight",
+        kind="rival",
+        settings="group_size=1 budget={budget}",
+        reference="filter",
     ),
-    "uniform": Method(title="uniform group budgets", kind="rival", settings="budget={budget}"),
+    "uniform": Method(
+        title="uniform group budgets",
+        kind="rival",
+        settings="budget={budget}",
+        reference="filter",
+    ),
     "filter": Method(title="STP, budgets by filter", kind="ours", settings=_OURS),
     "layer": Method(
-        title="STP, budgets by layer", kind="ours", settings=f"{_OURS} budgets_by=layer"
+        title="STP, budgets by layer",
+        kind="ours",
+        settings=f"{_OURS} budgets_by=layer",
+        reference="filter",
     ),
 }
 PARTS: dict[str, Method] = {
