@@ -286,7 +286,7 @@ def run_members(
         _run_here(commands, logs, jobs, report)
     elif commands:
         _run_as_jobs(commands, logs, slurm, report)
-    return status
+    return {member: status[member] for member in members}  # they end in any order
 
 
 def run_sweep(members: Sequence[Member], *, workdir: Path, console: Console, **options: Any) -> int:
