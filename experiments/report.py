@@ -31,6 +31,7 @@ from experiments.stages import Outcome, plain
 from stp_jax import export, hwmodel
 from stp_jax.export.card import table
 from stp_jax.hwmodel.technology import MissingEntryError
+from stp_jax.quant.calibration import mean_terms
 
 _STRONG_LANES = 4  # terms a cycle of the strongest group PE that the table by gates has
 _STRONG_INT8 = hwmodel.DotProduct(lanes=8)  # the int8 PE of its throughput class
@@ -43,8 +44,8 @@ def _terms(outcome: Outcome) -> dict[str, Any]:
     """Terms per weight that the integer weights really hold, by layer and over those with k."""
     terms = stp_jax.weight_terms(outcome.model)
     return {
-        "budgeted_layers": stp_jax.terms_per_weight(outcome.model, outcome.budgets),
-        "all_layers": stp_jax.terms_per_weight(outcome.model, terms),
+        "budgeted_layers": mean_terms(terms, outcome.budgets),
+        "all_layers": mean_terms(terms, terms),
         "by_layer": {path: float(counts.mean()) for path, counts in terms.items()},
     }
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from stp_jax.export.packed import packed_sizes
 from stp_jax.hooks import model_name
-from stp_jax.quant.calibration import terms_per_weight, weight_terms
+from stp_jax.quant.calibration import mean_terms, weight_terms
 from stp_jax.quant.layers import QuantizedLayer, quantized_layers
 
 _LOADING = """\
@@ -54,7 +54,7 @@ def model_card(
     """
     sizes = packed_sizes(model).total
     layers, terms = quantized_layers(model), weight_terms(model)
-    held = terms_per_weight(model, layers)
+    held = mean_terms(terms, layers)
     parts = {
         "Model": f"`{model_name(model)}`, {len(layers)} quantized layers with {held:.3f} "
         "power-of-two terms per weight on average.",

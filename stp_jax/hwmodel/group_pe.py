@@ -199,6 +199,7 @@ class GroupPE(PE):
         accumulated = added + empty * folding.P
         if self.lanes > 1:
             accumulated = budgets.total(groups * cycles * passes)
+        measured = self._is_measured_size() and work.folding.dataflow == "is"
         return Activity(
             cycles=budgets.total(steps * cycles),
             busy=budgets.total(groups * k * passes) / self.lanes,
@@ -217,7 +218,7 @@ class GroupPE(PE):
             # Two-input multiplexers that select one of g activations; an estimate of the wiring.
             selections=added * (ACTIVATION_BITS * (group_size - 1.0)),
             budgets=budgets.mean(k),
-            gates=self._gate_events(work, budgets, groups, cycles, held),
+            gates=self._gate_events(work, budgets, groups, cycles, held) if measured else None,
             edge=self._edge_events(budgets, groups, cycles, held, work.smoothing),
         )
 
@@ -228,10 +229,8 @@ class GroupPE(PE):
         groups: Vector,
         passes: Vector,
         held: Callable[[Vector], Vector],
-    ) -> dict[str, Vector] | None:
-        """Events of a table by gates; None where no such PE can be in one."""
-        if not self._is_measured_size() or work.folding.dataflow != "is":
-            return None
+    ) -> dict[str, Vector]:
+        """Events of a table by gates, for a PE that can be in one."""
         if self.lanes > 1:
             return gates.lane_events(
                 work.folding,
@@ -369,10 +368,8 @@ class TermMac(GroupPE):
         groups: Vector,
         passes: Vector,
         held: Callable[[Vector], Vector],
-    ) -> dict[str, Vector] | None:
-        """Events of a table by gates; None where no such PE can be in one."""
-        if not self._is_measured_size() or work.folding.dataflow != "is":
-            return None
+    ) -> dict[str, Vector]:
+        """Events of a table by gates, for a PE that can be in one."""
         return gates.term_mac_events(
             work.folding,
             budgets.total(groups),

@@ -176,6 +176,12 @@ def weight_terms(model: Any) -> dict[str, np.ndarray]:
     }
 
 
+def mean_terms(terms: Mapping[str, np.ndarray], paths: Iterable[str]) -> float:
+    """The mean over all weights of some layers, from `weight_terms`."""
+    chosen = [terms[path] for path in paths]
+    return sum(int(counts.sum()) for counts in chosen) / sum(counts.size for counts in chosen)
+
+
 def terms_per_weight(model: Any, paths: Iterable[str] | None = None) -> float:
     """Mean number of terms that the integer weights really hold, at most what budgets allow.
 
@@ -193,10 +199,8 @@ def terms_per_weight(model: Any, paths: Iterable[str] | None = None) -> float:
     >>> stp_jax.terms_per_weight(model) <= 0.5
     True
     """
-    terms = weight_terms(model)
     chosen = list(budgets(model) if paths is None else paths)
     check_paths(dict.fromkeys(chosen), quantized_layers(model))
     if not chosen:
         raise ValueError("no layer of the model has a budget; name the paths to count")
-    held = sum(int(terms[path].sum()) for path in chosen)
-    return held / sum(terms[path].size for path in chosen)
+    return mean_terms(weight_terms(model), chosen)
