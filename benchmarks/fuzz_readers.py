@@ -14,6 +14,8 @@ shortest input of each is kept under ``--out``.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import io
 import json
 import pickle
@@ -34,6 +36,14 @@ import numpy as np
 SLOW_S = 10
 MEMORY_BYTES = 2 << 30
 REFUSALS = (ValueError, FileNotFoundError, ImportError)
+MODULES = (
+    "stp_jax.data",
+    "stp_jax.export",
+    "stp_jax.hwmodel",
+    "stp_jax.models.torch_files",
+    "experiments.labelled_images",
+    "experiments.load",
+)
 
 
 class Target(NamedTuple):
@@ -88,10 +98,8 @@ def _read_packed_header(data: bytes, folder: Path) -> None:
 
 def _first_refusal(*calls: Callable[[], Any]) -> None:
     for call in calls:
-        try:
+        with contextlib.suppress(REFUSALS):
             call()
-        except REFUSALS:
-            pass
 
 
 def _read_packed(data: bytes, folder: Path) -> None:
@@ -253,8 +261,7 @@ def _read_folder(data: bytes, folder: Path) -> None:
     _file("images/test/a/0.png", _image(), folder)
     _file("images/train/a/1.png", _image(), folder)
     _file("images/train/a/0.jpg", data, folder)
-    data_set = load("folder", data_dir=folder / "images", validation=0.0)
-    next(iter(data_set.eval_batches(batch_size=2, split="train")))
+    list(load("folder", data_dir=folder / "images", validation=0.0).train)
 
 
 def _archive(files: dict[str, bytes], path: Path) -> Path:
@@ -386,15 +393,9 @@ def fuzz(name: str, seconds: int, out: Path) -> None:
     """Searches one reader in this process, which libFuzzer ends."""
     import atheris
 
-    with atheris.instrument_imports(
-        include=["stp_jax", "experiments"], enable_loader_override=False
-    ):
-        import experiments.context
-        import experiments.labelled_images
-        import experiments.load
-        import stp_jax.export
-        import stp_jax.hwmodel
-        import stp_jax.models.torch_files  # noqa: F401
+    with atheris.instrument_imports(include=["stp_jax", "experiments"]):
+        for module in MODULES:
+            importlib.import_module(module)
 
     target, findings = TARGETS[name], Findings(out)
     folder = Path(tempfile.mkdtemp(prefix="fuzz_readers_"))
@@ -410,10 +411,9 @@ def fuzz(name: str, seconds: int, out: Path) -> None:
     def one(data: bytes) -> None:
         signal.alarm(SLOW_S)
         try:
-            target.read(data, folder)
-        except REFUSALS:
-            pass
-        except BaseException as error:  # noqa: BLE001
+            with contextlib.suppress(REFUSALS):
+                target.read(data, folder)
+        except BaseException as error:
             findings.note(error, data)
         finally:
             signal.alarm(0)

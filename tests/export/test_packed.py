@@ -271,9 +271,7 @@ def written_header(**layers):
         ),
         ({"depthwise.kernel.terms": None}, "damaged at layer 'depthwise'"),
     ],
-    ids=(
-        "format json list version layers no_rule rule_of_other_keys layer kernel short missing"
-    ).split(),
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_damaged_files_are_refused(changes, message, tmp_path):
     path = tmp_path / "m.safetensors"
