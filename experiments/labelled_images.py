@@ -19,6 +19,9 @@ from PIL import Image
 from experiments.config import ConfigError
 
 _TABLE, _COLUMNS = "labels.csv", ("file", "class_index")
+_MOST_PIXELS = 1 << 26  # of an image once its shorter side is resized
+# What a damaged image leads to, or one that is not there.
+_UNREADABLE = (KeyError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class LabelledImages(NamedTuple):
@@ -37,13 +40,13 @@ def _reader(path: Path) -> Callable[[str], bytes]:
         raise ConfigError(f"data_dir={path}: there is no such folder or tar file")
     try:
         with tarfile.open(path) as archive:
+            members = [member for member in archive if member.isfile()]
             files = {
                 member.name.removeprefix("./"): archive.extractfile(member).read()  # type: ignore[union-attr]
-                for member in archive
-                if member.isfile()
+                for member in members
             }
-    except tarfile.TarError as error:
-        raise ConfigError(f"data_dir={path} is no tar file: {error}") from error
+    except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:
+        raise ConfigError(f"data_dir={path} is no tar file, or is damaged: {error!r}") from error
     return lambda name: files[name]
 
 
@@ -52,6 +55,8 @@ def _crop(image: Image.Image, size: int, shorter: int) -> np.ndarray:
     if min(image.size) != shorter:
         scale = shorter / min(image.size)
         width, height = (max(shorter, round(side * scale)) for side in image.size)
+        if width * height > _MOST_PIXELS:
+            raise ValueError(f"its sides {image.size} differ too much")
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)))
@@ -88,7 +93,7 @@ def load_labelled_images(
             raise ConfigError(f"{path}/{_TABLE}: {name} has class_index {text!r}, not 0 to 999")
         try:
             images.append(_crop(Image.open(io.BytesIO(read(name))), size, shorter))
-        except (KeyError, OSError, SyntaxError, ValueError) as error:
+        except _UNREADABLE as error:
             raise ConfigError(f"{path}: {name} cannot be read: {error!r}") from error
         labels.append(int(text))
     files = [row["file"] for row in rows]

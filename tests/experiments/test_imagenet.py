@@ -60,6 +60,7 @@ def test_folder_and_tar_hold_the_same(folder, tmp_path):
         (lambda root: (root / "labels.csv").write_text("a,b\n1,2\n"), "columns file, class_index"),
         (lambda root: (root / "3.png").unlink(), "3.png cannot be read"),
         (lambda root: (root / "3.png").write_bytes(b"no image"), "3.png cannot be read"),
+        (lambda root: Image.new("L", (4000, 1)).save(root / "3.png"), "sides .4000, 1. differ"),
         (
             lambda root: (root / "labels.csv").write_text("file,class_index\n0.png,1000\n"),
             "class_index '1000'",
@@ -70,6 +71,15 @@ def test_damage_is_named(folder, damage, message):
     damage(folder)
     with pytest.raises(ConfigError, match=message):
         load_labelled_images(folder)
+
+
+def test_a_damaged_tar_file_is_named(tmp_path):
+    path = tmp_path / "images.tar"
+    member = tarfile.TarInfo("labels.csv")
+    member.size = 1 << 60  # of which nothing follows
+    path.write_bytes(member.tobuf() + bytes(1024))
+    with pytest.raises(ConfigError, match=r"images\.tar is no tar file, or is damaged"):
+        load_labelled_images(path)
 
 
 def test_paired_differences_are_mcnemars():
