@@ -199,11 +199,17 @@ def _project_block(w, gram, budget, fmt: WeightFormat, search: _Search):
     return fit.integers.reshape(w.shape), fit.scale
 
 
+@functools.partial(jax.jit, static_argnames=("fmt", "search"))
+def _project_groups(w, gram, budget, fmt: WeightFormat, search: _Search):
+    """The same for every channel group, ``[G, K', M]``: one program for all layers of a shape."""
+    each = functools.partial(_project_block, fmt=fmt, search=search)
+    return jax.vmap(each)(w, gram, budget)
+
+
 def _project(w, gram, budget, fmt: WeightFormat, search: _Search) -> tuple[jax.Array, jax.Array]:
     """The same for every channel group: ``[G, K', M]``, ``[G, M]``; budgets are ``[G, M]``."""
     if len(w) > 1:
-        each = functools.partial(_project_block, fmt=fmt, search=search)
-        return jax.jit(jax.vmap(each))(w, gram, budget)
+        return _project_groups(w, gram, budget, fmt, search)
     inputs, outputs = w.shape[1:]
     rows = _bucket(inputs)
     gram = _filled(gram[0], rows, rows)
