@@ -25,6 +25,8 @@ from experiments.config import ConfigError, override
 from experiments.configs.compare_methods import METHODS, PARTS
 from experiments.results_page import DATA, DOCS, page, stored_study
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
 BASE = configs.load("stp_resnet20_cifar10").CONFIG
 EVERY = METHODS | PARTS
 

@@ -77,7 +77,7 @@ def linen_net(budget=6):
         if name.startswith("bn"):
             stats[name] = {"mean": layer.mean[...], "var": layer.var[...]}
     module = stp_jax.quantize(LinenNet(), policy(budget))
-    start = module.init(jax.random.key(0), jnp.ones((1, 12, 12, 5)))
+    start = jax.jit(module.init)(jax.random.key(0), jnp.ones((1, 12, 12, 5)))
     return module.bind({**start, "params": params, "batch_stats": stats})
 
 
