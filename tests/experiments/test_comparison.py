@@ -213,6 +213,7 @@ def test_a_method_whose_budget_is_no_whole_number_does_not_exist():
     assert method.at(0.375, 8) is None
 
 
+@pytest.mark.slow  # its fixture is
 def test_the_page_holds_every_row_and_says_what_is_missing(comparison):
     results = comparison[2]
     text = page(results)

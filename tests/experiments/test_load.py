@@ -43,6 +43,7 @@ def test_the_loaded_model_has_the_accuracy_and_budgets_of_the_results(workdir):
     assert 100 * hits.mean() == pytest.approx(run.results["top1_percent"]["retrained"])
 
 
+@pytest.mark.slow  # its fixture is
 def test_other_folders_are_refused(workdir, tmp_path):
     with pytest.raises(ConfigError, match=r"no finished run: there is no config\.json"):
         experiments.load_run(tmp_path)

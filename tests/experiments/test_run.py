@@ -101,6 +101,7 @@ def test_results_hold_what_they_promise(finished):
         assert (workdir / "plots" / f"{plot}.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow  # its fixture is
 def test_metrics_name_every_stage_in_order(finished):
     lines = (finished[0] / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]

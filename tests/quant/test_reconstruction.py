@@ -113,6 +113,7 @@ def test_outputs_are_nearer_than_by_any_older_way_on_other_examples_too(fitted):
     np.testing.assert_allclose(losses["fc"], distance(stp, float_model, whole), rtol=0.02)
 
 
+@pytest.mark.slow  # its fixture is
 def test_kernels_fit_their_budgets_and_stay_under_projection(fitted):
     stp, _ = fitted
     layers = stp_jax.quantized_layers(stp)
@@ -124,6 +125,7 @@ def test_kernels_fit_their_budgets_and_stay_under_projection(fitted):
         )
 
 
+@pytest.mark.slow  # its fixture is
 def test_biases_and_running_means_take_the_mean_error(fitted):
     stp, _ = fitted
     whole = jnp.concatenate(BATCHES)
