@@ -43,7 +43,7 @@ os.environ["TFDS_DATA_DIR"] = str(SHARED / "tensorflow_datasets")
 
 # Test functions that take long, with their seconds.
 DURATIONS = Path(__file__).parent / "durations.txt"
-SECONDS = {name: float(value) for value, name in map(str.split, DURATIONS.open())}
+SECONDS = {name: float(value) for value, name in map(str.split, DURATIONS.read_text().splitlines())}
 SLOW = 0.5
 
 

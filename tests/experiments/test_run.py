@@ -258,6 +258,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_message(tmp_path, monkeypatch,
     assert max(whole) == 4
 
 
+@pytest.mark.slow  # its fixture is
 def test_another_configuration_is_refused_and_nothing_touched(finished, run_here):
     workdir, _ = finished
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
