@@ -20,7 +20,7 @@ os.environ.setdefault(
     * version("jaxlib").startswith("0.10."),
 )
 
-# An empty cache saved nothing in a file's own run (two files measured), and tests count compilations.
+# An empty cache saved nothing within a file (two files measured), and tests count compilations.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
 import jax
