@@ -74,7 +74,7 @@ def load_labelled_images(
     read = _reader(path)
     try:
         rows = list(csv.DictReader(io.StringIO(read(_TABLE).decode())))
-    except (KeyError, OSError, UnicodeDecodeError):
+    except (KeyError, OSError, UnicodeDecodeError, csv.Error):
         raise ConfigError(
             f"data_dir={path} has no readable {_TABLE}, a table with the columns "
             + ", ".join(_COLUMNS)

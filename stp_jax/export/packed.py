@@ -45,6 +45,8 @@ _BY_FILTER, _BY_GROUP = 2, 3  # budgets by filter, scales by group
 _POWERS = 4  # power-of-two scales, with biases on the grid of the sums; all others are version 1
 Model = TypeVar("Model", bound=nnx.Module)
 _BUDGET = ".promote_dtype.budget"
+# What a header that does not say what it must leads to.
+_DAMAGE = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
 
 
 # --- Layers as tensors ----------------------------------------------------------------------------
@@ -210,6 +212,17 @@ def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return header
 
 
+def _policy(path: Path, header: Mapping[str, Any]) -> Policy:
+    """The rules of the file's layers."""
+    rules = []
+    for layer, entry in header["layers"].items():
+        try:
+            rules.append(Rule(path=re.escape(layer), **entry["rule"]))
+        except _DAMAGE as error:
+            raise ValueError(f"{path} is damaged: the rule of layer {layer!r}: {error}") from error
+    return Policy(rules)
+
+
 def _stream_budget(entry: Mapping[str, Any]) -> int | np.ndarray:
     """The budget of a stream; by filter with the axes of the stream."""
     if not isinstance(entry["budget"], list):
@@ -264,7 +277,7 @@ def _values(entries: Mapping[str, Any], tensors: dict[str, jax.Array]) -> dict[s
             scale = tensors.pop(f"{entry['kernel']}.scale")
             values[f"{path}.promote_dtype.weight_scale"] = scale
             values[f"{path}.promote_dtype.budget"] = _stored_budget(entry, scale)
-        except (KeyError, ValueError) as error:
+        except _DAMAGE as error:
             raise ValueError(f"the file is damaged at layer {path!r}: {error}") from error
         if f"{path}.input.scale" in tensors:
             values[f"{path}.promote_dtype.activation_scale"] = tensors.pop(f"{path}.input.scale")
@@ -310,12 +323,10 @@ def load_packed(model: Any, path: str | Path, *inputs: Any) -> Any:
     path = Path(path)
     tensors, metadata = read(path)
     header = _header(path, metadata)
-    rules = [
-        Rule(path=re.escape(layer), **entry["rule"]) for layer, entry in header["layers"].items()
-    ]
+    policy = _policy(path, header)
     if isinstance(model, nn.Module):
-        return _load_linen(model, path, header["layers"], Policy(rules), tensors, inputs)
-    return _load_nnx(model, path, header, Policy(rules), tensors)
+        return _load_linen(model, path, header["layers"], policy, tensors, inputs)
+    return _load_nnx(model, path, header, policy, tensors)
 
 
 def _with_budgets(wanted: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -364,7 +375,7 @@ def _load_nnx(
     unknown = [layer for layer in entries if layer not in paths]
     if unknown:
         raise ValueError(
-            f"{path} (of a {header['model']}) does not fit {type(model).__name__}: "
+            f"{path} (of a {header.get('model')}) does not fit {type(model).__name__}: "
             + "".join(listing("no such layers", unknown))
             + f"; the model has {', '.join(paths[:LISTED])} …"
         )
@@ -395,7 +406,7 @@ def load_integers(path: str | Path) -> dict[str, np.ndarray]:
     for layer, entry in entries.items():
         try:
             kernels[layer] = _integers(entry["kernel"], entry, tensors)
-        except (KeyError, ValueError) as error:
+        except _DAMAGE as error:
             raise ValueError(f"the file is damaged at layer {layer!r}: {error}") from error
     return kernels
 

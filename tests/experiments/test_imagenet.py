@@ -56,6 +56,7 @@ def test_folder_and_tar_hold_the_same(folder, tmp_path):
     ("damage", "message"),
     [
         (lambda root: (root / "labels.csv").unlink(), "has no readable labels.csv"),
+        (lambda root: (root / "labels.csv").write_bytes(b"a\rb\0"), "has no readable labels.csv"),
         (lambda root: (root / "labels.csv").write_text("a,b\n1,2\n"), "columns file, class_index"),
         (lambda root: (root / "3.png").unlink(), "3.png cannot be read"),
         (lambda root: (root / "3.png").write_bytes(b"no image"), "3.png cannot be read"),

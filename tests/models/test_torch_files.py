@@ -140,3 +140,20 @@ def test_torn_files_are_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ValueError, match=r"weights\.pth.*damaged"):
         read_torch(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02\x8e" + (1 << 62).to_bytes(8, "little"),  # a byte string that no memory holds
+        b"\x80\x02X\xff\xff\xff\xff",  # a text longer than the file
+        b"\x80\x02}q\x00X\x01\x00\x00\x00aq\x01h\x00s.",  # a dictionary inside itself
+    ],
+    ids=["size", "cut", "circle"],
+)
+def test_damaged_pickles_are_named(tmp_path, content):
+    path = tmp_path / "weights.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+    with pytest.raises(ValueError, match=r"weights\.pth.*damaged"):
+        read_torch(path)

@@ -52,7 +52,7 @@ def read_scalesim_topology(path: str | Path) -> Network:
 
 
 def _scalesim_layer(cells: list[str], where: str) -> Layer:
-    if ":" in cells[-1]:
+    if len(cells) > 1 and ":" in cells[-1]:
         *cells, ratio = cells
         if ratio.replace(" ", "") != "1:1":
             raise ValueError(

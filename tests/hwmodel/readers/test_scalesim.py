@@ -18,7 +18,7 @@ def test_reads_a_scalesim_topology(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "row", ["a,1,1,1,1,1", "a,8,8,3,3,4,x,1", "a,8,8,3,3,4,4,0", "a,2,2,3,3,4,4,1"]
+    "row", ["a,1,1,1,1,1", "a,8,8,3,3,4,x,1", "a,8,8,3,3,4,4,0", "a,2,2,3,3,4,4,1", "2:4", "1:1"]
 )
 def test_a_malformed_topology_row_is_named(tmp_path, row):
     path = tmp_path / "net.csv"
