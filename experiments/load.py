@@ -22,6 +22,16 @@ class LoadedRun(NamedTuple):
     results: dict[str, Any]  # of results.json
 
 
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is damaged: it holds no table")
+    return content
+
+
 def load_run(workdir: str | Path) -> LoadedRun:
     """The model, the configuration and the results of a finished training run.
 
@@ -29,7 +39,8 @@ def load_run(workdir: str | Path) -> LoadedRun:
       workdir: the run's folder.
 
     Raises:
-      ConfigError: the folder holds no run, an unfinished one, or an experiment that trains nothing.
+      ConfigError: the folder holds no run, an unfinished one, a damaged one, or an experiment that
+        trains nothing.
       ValueError: the model's file is damaged.
     """
     workdir = Path(workdir)
@@ -37,13 +48,15 @@ def load_run(workdir: str | Path) -> LoadedRun:
     if missing:
         absent = " and no ".join(missing)
         raise ConfigError(f"{workdir} holds no finished run: there is no {absent}")
-    results = json.loads((workdir / "results.json").read_text())
-    stored = json.loads((workdir / "config.json").read_text())["config"]
+    results, stored = _read(workdir / "results.json"), _read(workdir / "config.json").get("config")
     if not (workdir / "model.safetensors").is_file():
-        raise ConfigError(f"{workdir} holds results of {results['experiment']}, but no model")
-    # The float weights that the run started from are in the model's file already.
-    lists = {key: tuple(value) for key, value in stored.items() if isinstance(value, list)}
-    config = Config(**{**stored, **lists, "init_from": None})
+        raise ConfigError(f"{workdir} holds results of {results.get('experiment')}, but no model")
+    try:
+        lists = {key: tuple(value) for key, value in stored.items() if isinstance(value, list)}
+        # The float weights that the run started from are in the model's file already.
+        config = Config(**{**stored, **lists, "init_from": None})
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"{workdir / 'config.json'} holds no configuration: {error}") from error
     dataset = load_data(config)
     float_model = make_float_model(config, dataset)
     if config.fold_batch_norm:

@@ -1,6 +1,10 @@
-"""Strict JAX settings for every test, and eight virtual CPU devices."""
+"""Strict JAX settings for every test, eight virtual CPU devices, and the order of the files."""
 
+import atexit
 import os
+import shutil
+import tempfile
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,7 +20,7 @@ os.environ.setdefault(
     * version("jaxlib").startswith("0.10."),
 )
 
-# Tests count compilations, and leave nothing in the user's cache.
+# An empty cache saved nothing within a file (two files measured), and tests count compilations.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
 import jax
@@ -29,11 +33,60 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 settings.register_profile("project", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("project")
 
-# Cases that took longest: what `pytest --durations=0 --durations-min=1` listed as "call".
-SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text().split())
+# The data set that runs prepare is prepared once, and not in the user's folder.
+# The first process makes this folder and removes it; those that it starts find it.
+if "STP_JAX_TESTS" not in os.environ:
+    os.environ["STP_JAX_TESTS"] = tempfile.mkdtemp(prefix="stp_jax-tests-")
+    atexit.register(shutil.rmtree, os.environ["STP_JAX_TESTS"], ignore_errors=True)
+SHARED = Path(os.environ["STP_JAX_TESTS"])
+os.environ["TFDS_DATA_DIR"] = str(SHARED / "tensorflow_datasets")
+
+# Test functions that take long, with their seconds.
+DURATIONS = Path(__file__).parent / "durations.txt"
+SECONDS = {name: float(value) for value, name in map(str.split, DURATIONS.read_text().splitlines())}
+SLOW = 0.5
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption(
+        "--store-durations",
+        action="store_true",
+        help="write tests/durations.txt anew, from this run of all tests",
+    )
+
+
+def function(nodeid):
+    return nodeid.partition("[")[0]
+
+
+def pytest_collection_modifyitems(config, items):
     for item in items:
-        if item.nodeid.partition("[")[0] in SLOW:
+        if SECONDS.get(function(item.nodeid), 0) >= SLOW:
             item.add_marker("slow")
+    # Processes take file after file: the longest ones first, so that all processes end together.
+    if hasattr(config, "workerinput"):
+        names = {function(item.nodeid) for item in items}
+        files = Counter()
+        for name in names:
+            files[name.partition("::")[0]] += SECONDS.get(name, 0)
+        items.sort(key=lambda item: -files[item.nodeid.partition("::")[0]])
+
+
+class StoredDurations:
+    """Seconds of each test function, written at the end."""
+
+    def __init__(self):
+        self.seconds = Counter()
+
+    def pytest_runtest_logreport(self, report):
+        self.seconds[function(report.nodeid)] += report.duration
+
+    def pytest_sessionfinish(self):
+        kept = [(s, name) for name, s in self.seconds.items() if s >= SLOW]
+        lines = [f"{s:.1f} {name}\n" for s, name in sorted(kept, key=lambda kept: kept[1])]
+        DURATIONS.write_text("".join(lines))
+
+
+def pytest_configure(config):
+    if config.getoption("--store-durations") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(StoredDurations())

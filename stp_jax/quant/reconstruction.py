@@ -8,8 +8,10 @@ is nearest to Z W. So a layer makes up for what the layers before it did to its 
 (Li et al., arXiv 2504.02692) and QEP (Arai & Ichikawa, arXiv 2504.09629). With H = X'X it is the
 projection of W + H⁻¹X'(Z - X)W under the curvature H (`stp_jax.terms.project_second_order`).
 
-Means are left to the bias, or to the running mean of the BatchNorm that follows; its variance and
-its parameters stay those of the float model.
+Means are left to the bias, or to the running mean of the BatchNorm that follows. There the scale of
+every filter is then raised until its outputs vary as in the float model: a least-squares fit of few
+terms varies less, which adds up from layer to layer (BatchNorm tuning of Hubara et al., arXiv
+2006.10518, takes it up in BatchNorm's variance).
 """
 
 from __future__ import annotations
@@ -199,11 +201,17 @@ def _project_block(w, gram, budget, fmt: WeightFormat, search: _Search):
     return fit.integers.reshape(w.shape), fit.scale
 
 
+@functools.partial(jax.jit, static_argnames=("fmt", "search"))
+def _project_groups(w, gram, budget, fmt: WeightFormat, search: _Search):
+    """The same for every channel group, ``[G, K', M]``: one program for all layers of a shape."""
+    each = functools.partial(_project_block, fmt=fmt, search=search)
+    return jax.vmap(each)(w, gram, budget)
+
+
 def _project(w, gram, budget, fmt: WeightFormat, search: _Search) -> tuple[jax.Array, jax.Array]:
     """The same for every channel group: ``[G, K', M]``, ``[G, M]``; budgets are ``[G, M]``."""
     if len(w) > 1:
-        each = functools.partial(_project_block, fmt=fmt, search=search)
-        return jax.jit(jax.vmap(each))(w, gram, budget)
+        return _project_groups(w, gram, budget, fmt, search)
     inputs, outputs = w.shape[1:]
     rows = _bucket(inputs)
     gram = _filled(gram[0], rows, rows)
@@ -468,6 +476,11 @@ def _fit_all(model, batches, followers, search: _Search, call):
 
     def correct(layer: KernelLayer, exact: jax.Array, out: jax.Array) -> jax.Array:
         if layer.path in fits and has_bias(layer.path):
+            if layers[layer.path].rule.budget is not None:
+                factor = _spread(exact, out)
+                kernel, scale = fits[layer.path]
+                fits[layer.path] = _Fit(kernel * factor, scale * factor)
+                out = out * factor.astype(out.dtype)
             shifts[layer.path] = jnp.mean(out - exact, axis=tuple(range(out.ndim - 1)))
             out = out - shifts[layer.path].reshape((1,) * (out.ndim - 1) + (-1,))
         losses[layer.path] = float(_loss(exact, out))
@@ -475,6 +488,14 @@ def _fit_all(model, batches, followers, search: _Search, call):
 
     call(hooks.attach(model, _side_by_side(layers, decide, correct)), _doubled(batches))
     return fits, shifts, losses
+
+
+@jax.jit
+def _spread(exact: jax.Array, out: jax.Array) -> jax.Array:
+    """The factors of channels by which ``out`` varies as ``exact`` does, float32 [channels]."""
+    axes = tuple(range(out.ndim - 1))
+    wanted, found = (jnp.std(x.astype(jnp.float32), axis=axes) for x in (exact, out))
+    return jnp.where((found > 0) & (wanted > 0), wanted / jnp.where(found > 0, found, 1), 1)
 
 
 @jax.jit

@@ -25,6 +25,8 @@ from experiments.config import ConfigError, override
 from experiments.configs.compare_methods import METHODS, PARTS
 from experiments.results_page import DATA, DOCS, page, stored_study
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
 BASE = configs.load("stp_resnet20_cifar10").CONFIG
 EVERY = METHODS | PARTS
 
@@ -211,6 +213,7 @@ def test_a_method_whose_budget_is_no_whole_number_does_not_exist():
     assert method.at(0.375, 8) is None
 
 
+@pytest.mark.slow  # its fixture is
 def test_the_page_holds_every_row_and_says_what_is_missing(comparison):
     results = comparison[2]
     text = page(results)

@@ -16,7 +16,7 @@ from experiments.config import ConfigError
 from experiments.configs import stp_efficientnet_lite0_imagenet as experiment
 from experiments.labelled_images import load_labelled_images
 from experiments.paired import mcnemar, paired_difference
-from stp_jax import models
+from stp_jax.models.efficientnet import MBConv
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +82,25 @@ def test_a_damaged_tar_file_is_named(tmp_path):
         load_labelled_images(path)
 
 
+class Small(nnx.Module):
+    """Layers of EfficientNet's kinds."""
+
+    exempt_layers = ("stem", r"block\.conv_dw", "classifier")
+
+    def __init__(self, rngs):
+        self.stem = nnx.Conv(3, 8, (8, 8), strides=8, rngs=rngs)
+        self.block = MBConv(8, 16, kernel=3, stride=2, expansion=2, rngs=rngs)
+        self.classifier = nnx.Linear(16, 1000, rngs=rngs)
+
+    def __call__(self, x):
+        return self.classifier(self.block(nnx.relu6(self.stem(x))).mean(axis=(1, 2)))
+
+
+@nnx.jit
+def called(model, x):
+    return model(x)
+
+
 def test_paired_differences_are_mcnemars():
     theirs = np.repeat([True, False], [60, 40])
     ours = theirs.copy()
@@ -96,13 +115,18 @@ def test_paired_differences_are_mcnemars():
 
 
 def test_depthwise_sums_are_the_convolution():
-    model = models.create(
-        "efficientnet_lite0", num_classes=5, rngs=nnx.Rngs(0), width_multiplier=0.1
+    """Of all sizes and strides that EfficientNet-Lite0 has, at even and odd resolutions."""
+    rngs = nnx.Rngs(0)
+    kinds = [(3, 1), (5, 2), (5, 1), (3, 2), (5, 2), (3, 2)]
+    model = nnx.Sequential(
+        *(MBConv(4, 4, kernel=kernel, stride=s, expansion=2, rngs=rngs) for kernel, s in kinds)
     )
     model.eval()
-    x = jax.random.normal(jax.random.key(0), (2, 64, 64, 3))
+    x = jax.random.normal(jax.random.key(0), (2, 26, 26, 4))
     fast = experiment.with_fast_depthwise(model)
-    np.testing.assert_allclose(fast(x), model(x), rtol=1e-4, atol=1e-5)
+    exact = called(model, x)
+    assert exact.shape == (2, 2, 2, 4)  # 26, 13, 13, 7, 4 and 2 pixels
+    np.testing.assert_allclose(called(fast, x), exact, rtol=1e-4, atol=1e-5)
 
 
 def test_missing_weights_and_data_are_said_before_any_work(folder, tmp_path, monkeypatch):
@@ -116,12 +140,10 @@ def test_missing_weights_and_data_are_said_before_any_work(folder, tmp_path, mon
 
 
 def test_a_run_compares_all_ways_goes_on_and_fills_the_page(folder, tmp_path, monkeypatch):
-    """On a narrow network of random weights: what is compared, not how well it does."""
+    """On a small network of random weights: what is compared, not how well it does."""
 
     def network(config):
-        model = models.create(
-            "efficientnet_lite0", num_classes=1000, rngs=nnx.Rngs(0), width_multiplier=0.1
-        )
+        model = Small(nnx.Rngs(0))
         model.eval()
         return model
 

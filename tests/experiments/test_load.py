@@ -43,6 +43,7 @@ def test_the_loaded_model_has_the_accuracy_and_budgets_of_the_results(workdir):
     assert 100 * hits.mean() == pytest.approx(run.results["top1_percent"]["retrained"])
 
 
+@pytest.mark.slow  # its fixture is
 def test_other_folders_are_refused(workdir, tmp_path):
     with pytest.raises(ConfigError, match=r"no finished run: there is no config\.json"):
         experiments.load_run(tmp_path)
@@ -51,4 +52,22 @@ def test_other_folders_are_refused(workdir, tmp_path):
         experiments.load_run(tmp_path)
     (tmp_path / "results.json").write_text(json.dumps({"experiment": "stp_mlp"}))
     with pytest.raises(ConfigError, match="results of stp_mlp, but no model"):
+        experiments.load_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "results", "message"),
+    [
+        ("{", "{}", r"config\.json is damaged"),
+        ("{}", "[1]", r"results\.json is damaged"),
+        ("{}", "{}", r"config\.json holds no configuration"),
+        ('{"config": {"seeds": 3}}', "{}", r"config\.json holds no configuration.*seeds"),
+        ('{"config": {"seed": "3"}}', "{}", r"config\.json holds no configuration"),
+    ],
+)
+def test_a_damaged_folder_is_named(config, results, message, tmp_path):
+    for name, text in (("config.json", config), ("results.json", results)):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ConfigError, match=message):
         experiments.load_run(tmp_path)

@@ -71,6 +71,7 @@ def test_the_array_gives_every_integer_of_the_whole_network(model):
     assert job.psum_reads > 0  # partial sums were read again: more than one fold of rows
 
 
+@pytest.mark.slow  # its fixture is
 def test_one_example_is_asked_for(model):
     network = stp_jax.integer_network(model, X)
     with pytest.raises(ValueError, match="expected one example of shape"):

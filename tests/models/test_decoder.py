@@ -16,6 +16,16 @@ SIZES = {"width": 16, "depth": 2, "heads": 4, "kv_heads": 2, "hidden": 24, "cont
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 9)), jnp.int32)
 
 
+@nnx.jit
+def called(model, tokens):
+    return model(tokens)
+
+
+@nnx.jit
+def continued(model, tokens, caches, position):
+    return model.continue_from(tokens, caches, position)
+
+
 @pytest.fixture(scope="module")
 def weights():
     """Weights of llama2.c's order and layout, float32."""
@@ -92,34 +102,35 @@ def reference(weights, tokens):
 def test_logits_follow_the_equations(weights, file):
     model = load_llama2c(file)
     expected = np.stack([reference(weights, row) for row in np.asarray(TOKENS)])
-    np.testing.assert_allclose(model(TOKENS), expected, rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(called(model, TOKENS), expected, rtol=2e-4, atol=2e-4)
 
 
 def test_no_logit_depends_on_later_tokens(file):
     model = load_llama2c(file)
     changed = TOKENS.at[:, 5:].set(0)
-    np.testing.assert_allclose(model(changed)[:, :5], model(TOKENS)[:, :5], atol=1e-5)
-    assert not np.allclose(model(changed)[:, 5:], model(TOKENS)[:, 5:], atol=1e-3)
+    before, after = called(model, TOKENS), called(model, changed)
+    np.testing.assert_allclose(after[:, :5], before[:, :5], atol=1e-5)
+    assert not np.allclose(after[:, 5:], before[:, 5:], atol=1e-3)
 
 
 @pytest.mark.parametrize("prompt", [1, 4, 9])
 def test_a_cache_gives_what_the_whole_sequence_does(file, prompt):
     model = load_llama2c(file)
-    logits, caches = model.continue_from(TOKENS[:, :prompt], model.empty_cache(2), 0)
+    logits, caches = continued(model, TOKENS[:, :prompt], model.empty_cache(2), 0)
     parts = [logits]
     for position in range(prompt, 9):
         one = TOKENS[:, position : position + 1]
-        logits, caches = model.continue_from(one, caches, position)
+        logits, caches = continued(model, one, caches, position)
         parts.append(logits)
-    np.testing.assert_allclose(np.concatenate(parts, axis=1), model(TOKENS), atol=2e-5)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), called(model, TOKENS), atol=2e-5)
 
 
 def test_generation_takes_the_likeliest_token_each_time(file):
     model = load_llama2c(file)
-    known = TOKENS[:, :3]
-    for _ in range(6):
-        following = jnp.argmax(model(known)[:, -1], axis=-1).astype(jnp.int32)
-        known = jnp.concatenate([known, following[:, None]], axis=1)
+    known = TOKENS
+    for n in range(3, 9):  # no logit depends on what stands behind it
+        following = jnp.argmax(called(model, known)[:, n - 1], axis=-1)
+        known = known.at[:, n].set(following.astype(jnp.int32))
     np.testing.assert_array_equal(generate(model, TOKENS[:, :3], 6), known)
     np.testing.assert_array_equal(generate(model, TOKENS[:, :3], 0), TOKENS[:, :3])
 
@@ -128,7 +139,7 @@ def test_draws_depend_on_the_key_and_follow_the_softmax(file):
     model = load_llama2c(file)
     prompt = jnp.tile(TOKENS[:1, :3], (4000, 1))
     drawn = generate(model, prompt, 1, temperature=0.7, key=jax.random.key(3))[:, -1]
-    expected = jax.nn.softmax(model(TOKENS[:1, :3])[0, -1] / 0.7)
+    expected = jax.nn.softmax(called(model, TOKENS)[0, 2] / 0.7)
     share = np.bincount(drawn, minlength=11) / 4000
     np.testing.assert_allclose(share, expected, atol=0.04)  # five deviations of a share of a half
     other = generate(model, prompt, 1, temperature=0.7, key=jax.random.key(4))[:, -1]
@@ -173,7 +184,7 @@ def test_it_becomes_an_stp_model_with_a_cost(file):
     stp = stp_jax.quantize(model, stp_jax.default_policy(model, budget=8))
     stp_jax.calibrate(stp, [TOKENS])
     assert len(stp_jax.budgets(stp)) == 2 * 7
-    assert np.isfinite(np.asarray(stp(TOKENS))).all()
+    assert np.isfinite(np.asarray(called(stp, TOKENS))).all()
     assert generate(stp, TOKENS[:, :2], 3).shape == (2, 5)
     names = hwmodel.trace(stp, TOKENS[:1]).names
     assert {"blocks.0.attention.scores", "blocks.1.attention.context"} <= set(names)

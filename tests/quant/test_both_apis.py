@@ -99,6 +99,10 @@ def state(model):
     }
 
 
+def call(model):
+    return jax.jit(lambda x: model(x))(X)  # operation by operation it compiles some fifty programs
+
+
 def loss(model, x):
     return jnp.sum(jnp.sin(model(x)))
 
@@ -110,7 +114,7 @@ def set_uniform(model):
 
 def corrected(model):
     stp_jax.set_budgets(model, 4)
-    return stp_jax.correct_bias(model, BATCHES), model(X)
+    return stp_jax.correct_bias(model, BATCHES), call(model)
 
 
 def compensated(model):
@@ -121,7 +125,7 @@ def compensated(model):
 def relaxed(model):
     stp_jax.relax_budgets(model)
     found = stp_jax.relaxed_budgets(model)
-    out = model(X)
+    out = call(model)
     stp_jax.set_budgets(model, 5)
     return found, out, stp_jax.budgets(model)
 
@@ -132,7 +136,7 @@ BY_FILTER = {"conv": np.arange(1, 9), "grouped": np.arange(2, 14, 2), "fc": np.a
 def by_filter(model):
     stp_jax.set_budgets(model, BY_FILTER)
     stp_jax.search_weight_scales(model)
-    return stp_jax.budgets(model), stp_jax.integer_weights(model), model(X)
+    return stp_jax.budgets(model), stp_jax.integer_weights(model), call(model)
 
 
 def relaxed_by_filter(model):
@@ -142,7 +146,7 @@ def relaxed_by_filter(model):
 
 def corrected_by_filter(model):
     stp_jax.set_budgets(model, BY_FILTER)
-    return stp_jax.correct_bias(model, BATCHES), model(X)
+    return stp_jax.correct_bias(model, BATCHES), call(model)
 
 
 def compensated_by_filter(model):
@@ -151,7 +155,7 @@ def compensated_by_filter(model):
 
 FUNCTIONS = {
     "calibrate": state,
-    "call": lambda model: model(X),
+    "call": call,
     "set_budgets": set_uniform,
     "integer_weights": stp_jax.integer_weights,
     "group_counts": stp_jax.group_counts,
@@ -165,12 +169,12 @@ FUNCTIONS = {
     "relax_budgets by filter": relaxed_by_filter,
     "correct_bias by filter": corrected_by_filter,
     "compensate by filter": compensated_by_filter,
-    "integer_model by filter": lambda model: (by_filter(model), stp_jax.integer_model(model)(X)),
+    "integer_model by filter": lambda model: (by_filter(model), call(stp_jax.integer_model(model))),
     "correct_bias": corrected,
     "compensate": compensated,
-    "integer_model": lambda model: stp_jax.integer_model(model)(X),
-    "integer_model, shift_add": lambda model: stp_jax.integer_model(model, arithmetic="shift_add")(
-        X
+    "integer_model": lambda model: call(stp_jax.integer_model(model)),
+    "integer_model, shift_add": lambda model: call(
+        stp_jax.integer_model(model, arithmetic="shift_add")
     ),
 }
 
@@ -218,7 +222,7 @@ def test_relaxed_linen_budgets_are_trained_with_the_scales(twins):
     def value(learned):
         return jnp.sum(twin.stp.apply({**variables, "stp_params": learned}, X) ** 2)
 
-    gradients = jax.grad(value)(variables["stp_params"])
+    gradients = jax.jit(jax.grad(value))(variables["stp_params"])
     assert jnp.abs(gradients["fc"]["relaxed_budget"]).max() > 0
     stp_jax.set_budgets(twin, 5)
     assert "relaxed_budget" not in twin.variables["stp_params"]["fc"]

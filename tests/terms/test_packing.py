@@ -42,7 +42,7 @@ def within_budget(draw, shapes):
     }
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)  # each compiles programs of its own
 @given(within_budget(SHAPES))
 def test_round_trip(problem):
     v, options = problem
@@ -51,7 +51,7 @@ def test_round_trip(problem):
     assert packed.nbytes == math.ceil(packed.bits_per_weight * v.size / 8)
 
 
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(within_budget([(9, 4), (3, 8), (2, 5, 3)]), st.integers(0, 2**32 - 1))
 def test_filters_with_slots_of_their_own_are_streams_one_after_the_other(problem, seed):
     v, options = problem

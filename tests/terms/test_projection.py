@@ -66,7 +66,7 @@ def problems(draw):
     return np.asarray(w, np.float32), budget, encoding, bits, limit, importance
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)  # each compiles a program of its own
 @given(problems())
 def test_optimal_is_the_least_error_within_the_budget(problem):
     w, budget, encoding, bits, limit, importance = problem
