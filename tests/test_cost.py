@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import stp_jax
-from stp_jax import Policy, Rule, hwmodel
+from stp_jax import Policy, Rule, hwmodel, models
 
 IMAGE = jnp.zeros((1, 8, 8, 16))
 
@@ -162,3 +162,25 @@ def test_einsums_with_a_product_for_each_head_are_counted():
     integers = next(iter(stp_jax.integer_weights(model).values()))
     held = np.asarray(stp_jax.terms.count(integers)).sum()
     assert cost.report.operations["terms"].sum() == held * 2 * 3
+
+
+def test_a_tied_embedding_has_a_budget_and_its_cost():
+    sizes = {"width": 16, "depth": 1, "heads": 2, "kv_heads": 1, "hidden": 16, "context": 8}
+    model = models.create("decoder_lm", num_classes=40, rngs=nnx.Rngs(0), **sizes)
+    policy = stp_jax.default_policy(model, budget=2, embeddings=True)
+    model, tokens = stp_jax.quantize(model, policy), jnp.zeros((3, 6), jnp.int32)
+    calibrated = nnx.clone(model)
+    stp_jax.calibrate(calibrated, [tokens])
+    cost = stp_jax.evaluate_model(calibrated, tokens)
+    head = hwmodel.Network(cost.network.layers[-1:])
+    table = stp_jax.integer_weights(calibrated)["embed"]
+    alone = hwmodel.evaluate(
+        head,
+        hwmodel.Array(rows=32, cols=32, pe=stp_jax.group_pe(model)),
+        budgets={"embed": 2},
+        weights={"embed": table.T},
+    )
+    assert float(cost.report.cycles[-1]) == alone.total_cycles
+    assert float(cost.report.energy_pj["array"][-1]) == pytest.approx(alone.energy_pj["array"][0])
+    shares = stp_jax.term_costs(model, tokens, per="terms")
+    assert shares["embed"] / shares["blocks.0.feed_forward.up"] == 40 / 16

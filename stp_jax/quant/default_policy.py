@@ -36,6 +36,7 @@ def default_policy(
     activation_bits: int = 8,
     power_of_two_scales: bool = False,
     exempt: str | None = None,
+    embeddings: bool = False,
 ) -> Policy:
     """Group budgets for a model's layers, except layers exempt from pruning.
 
@@ -50,6 +51,7 @@ def default_policy(
       activation_bits: width of the integer activations, whose scales are learned.
       power_of_two_scales: as in `Rule`; for `stp_jax.integer_network`.
       exempt: regular expression of the layers that keep every term, in place of the model's own.
+      embeddings: whether embedding tables are quantized as well.
 
     Returns:
       Exempt layers, if there are any, in int8, every other one with the budget.
@@ -76,6 +78,7 @@ def default_policy(
             method=method,
             activation_bits=activation_bits,
             power_of_two_scales=power_of_two_scales,
+            embeddings=embeddings,
         )
 
     pattern = _exempt_pattern(model) if exempt is None else exempt

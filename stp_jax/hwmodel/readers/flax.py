@@ -42,8 +42,9 @@ def trace(model: Any, *inputs: Any, name: str | None = None, **kwargs: Any) -> N
 
     Returns:
       A network whose layer names are module paths joined by dots (``layer1.0.conv1``); the n-th
-      use of a module ends in ``@n``, and attention contributes ``.scores`` and ``.context``.
-      Elementwise work, pooling and embeddings are not layers; nor are products in a Pallas kernel.
+      use of a module ends in ``@n``, and attention contributes ``.scores`` and ``.context``. An
+      embedding is a layer where its transpose is multiplied (``attend``), not where rows are looked
+      up. Elementwise work and pooling are not layers; nor are products in a Pallas kernel.
 
     Raises:
       TypeError: not a Flax model.
@@ -89,6 +90,9 @@ class _Marker:
         with self._marks.scope() as mark:
             mark.layers += products.attention(name, query.shape, key.shape, value.shape)
             return mark.on_result(run(query, key, value))
+
+    def table(self, name: str, query: jax.Array, table: jax.Array) -> jax.Array:
+        return self._marks.on_table(name, table)
 
 
 class _Call:

@@ -6,11 +6,13 @@ import dataclasses
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
 from stp_jax.hwmodel.network import Layer
 from stp_jax.hwmodel.readers.marks import Marks
 from stp_jax.hwmodel.readers.products import convolution, product
+
+_PASSING = ("transpose", "convert_element_type", "copy")  # the same values in another form
 
 
 def executed_layers(jaxpr: Jaxpr, marks: Marks) -> list[Layer]:
@@ -26,6 +28,7 @@ class _Walk:
     def __init__(self, marks: Marks) -> None:
         self._marks = marks
         self._weights: dict[str, int] = {}  # sizes by mark, as the jaxpr has them
+        self._tables: dict[Any, str] = {}  # variables that hold an embedding → its name
 
     def layers(self, jaxpr: Jaxpr, *, marked: bool) -> list[Layer]:
         """Layers in order; ``marked``: the jaxpr's own products belong to a marked layer."""
@@ -38,6 +41,7 @@ class _Walk:
         primitive, params = eqn.primitive.name, eqn.params
         if primitive == "name":
             return self._at_mark(eqn)
+        self._follow_tables(eqn)
         if primitive == "scan":
             return params["length"] * self.layers(params["jaxpr"].jaxpr, marked=marked)
         if primitive == "cond":
@@ -49,10 +53,12 @@ class _Walk:
         if primitive == "while" and inner:
             names = ", ".join(layer.name for layer in inner)
             raise ValueError(f"{names}: runs in a while loop, whose number of steps is not known")
-        return inner if marked else inner + _unmarked(eqn)
+        return inner if marked else inner + self._unmarked(eqn)
 
     def _at_mark(self, eqn: Any) -> list[Layer]:
         """A layer stands where its result is marked, after its weights."""
+        if (table := self._marks.table_at(eqn)) is not None:
+            self._tables[eqn.outvars[0]] = table
         found = self._marks.on_equation(eqn)
         if found is None:
             return []
@@ -66,18 +72,31 @@ class _Walk:
             copies = self._weights.get(mark.name, mark.weights_size) // mark.weights_size
         return copies * [_mapped(layer, mapped // copies) for layer in mark.layers]
 
+    def _follow_tables(self, eqn: Any) -> None:
+        """Names what an equation hands an embedding's table on to."""
+        named = [self._tables.get(v) if isinstance(v, Var) else None for v in eqn.invars]
+        if not any(named):
+            return
+        if eqn.primitive.name in _PASSING:
+            self._tables[eqn.outvars[0]] = named[0]
+        for inner in _jaxprs(eqn.params):
+            # A cond's branches do not take its first operand, the index.
+            for var, name in zip(reversed(inner.invars), reversed(named), strict=False):
+                if name is not None:
+                    self._tables[var] = name
 
-def _unmarked(eqn: Any) -> list[Layer]:
-    primitive, params = eqn.primitive.name, eqn.params
-    if primitive not in ("dot_general", "conv_general_dilated", "ragged_dot_general"):
-        return []
-    lhs, rhs = (var.aval.shape for var in eqn.invars[:2])
-    if primitive == "dot_general":
-        layer = product("product", lhs, rhs, *params["dimension_numbers"])
-        return [dataclasses.replace(layer, kind="matmul")]
-    if primitive == "conv_general_dilated":
-        return [convolution("convolution", lhs, rhs, eqn.outvars[0].aval.shape, **params)]
-    raise ValueError("products with ragged groups (jax.lax.ragged_dot) are not modelled")
+    def _unmarked(self, eqn: Any) -> list[Layer]:
+        primitive, params = eqn.primitive.name, eqn.params
+        if primitive not in ("dot_general", "conv_general_dilated", "ragged_dot_general"):
+            return []
+        lhs, rhs = (var.aval.shape for var in eqn.invars[:2])
+        if primitive == "dot_general":
+            table = self._tables.get(eqn.invars[1]) if isinstance(eqn.invars[1], Var) else None
+            layer = product(table or "product", lhs, rhs, *params["dimension_numbers"])
+            return [layer if table else dataclasses.replace(layer, kind="matmul")]
+        if primitive == "conv_general_dilated":
+            return [convolution("convolution", lhs, rhs, eqn.outvars[0].aval.shape, **params)]
+        raise ValueError("products with ragged groups (jax.lax.ragged_dot) are not modelled")
 
 
 def _mapped(layer: Layer, rows: int) -> Layer:

@@ -36,6 +36,9 @@ class Observer(Protocol):
     ) -> jax.Array:
         """Returns ``run(query, key, value)``, the attention of layer ``name``."""
 
+    def table(self, name: str, query: jax.Array, table: jax.Array) -> jax.Array:
+        """Returns the table of embedding ``name``, whose rows are multiplied by the query."""
+
 
 class Uses:
     """Numbers the uses of a name: its n-th ends in ``@n``."""
@@ -57,9 +60,20 @@ def observing(observer: Observer) -> Hooks:
       ValueError: a transposed convolution, which is not modelled.
     """
 
-    def refuse_transposed(layer: KernelLayer, _: Callable) -> None:
+    def operands(layer: KernelLayer, promote: Callable) -> Callable | None:
         if layer.kind == "conv_transpose":
             raise ValueError(f"{_name(layer.path)}: transposed convolutions are not modelled")
+        if not layer.is_table:
+            return None
+
+        def promoted(operands: tuple[Any, ...], **options: Any) -> tuple[Any, ...]:
+            found = promote(operands, **options)
+            if len(found) != 2:  # rows are looked up
+                return found
+            query, table = found  # of `attend`
+            return query, observer.table(_name(layer.path), query, table)
+
+        return promoted
 
     def product(layer: KernelLayer, function: Callable) -> Callable | None:
         assert layer.product is not None
@@ -71,7 +85,7 @@ def observing(observer: Observer) -> Hooks:
             return None
         return _attention(function, _name(path), observer)
 
-    return Hooks(operands=refuse_transposed, product=product, attention=attention)
+    return Hooks(operands=operands, product=product, attention=attention)
 
 
 def linen_einsums(observer: Observer) -> contextlib.AbstractContextManager[None]:

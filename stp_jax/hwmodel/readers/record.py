@@ -119,6 +119,10 @@ class _Recorder:
         self.seconds[context] = _rows_first(values)
         return run(query, key, value)
 
+    def table(self, name: str, query: jax.Array, table: jax.Array) -> jax.Array:
+        self.inputs[self._uses.unique(name)] = np.asarray(query)
+        return table
+
 
 def _probabilities(run: Callable, query: jax.Array, key: jax.Array, value: jax.Array) -> np.ndarray:
     """Attention weights, by which the values are multiplied: (..., rows, heads, length).

@@ -110,6 +110,47 @@ def test_a_quantized_model_has_no_products_of_its_quantizers():
     assert quantized.layers == hwmodel.trace(model, x).layers
 
 
+class Tied(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(12, 8, rngs=rngs)
+
+    def __call__(self, tokens):
+        return self.embed.attend(self.embed(tokens))
+
+
+class LinenTied(linen.Module):
+    @linen.compact
+    def __call__(self, tokens):
+        embed = linen.Embed(12, 8, dtype=jnp.bfloat16, name="embed")
+        return embed.attend(embed(tokens))
+
+
+class TiedInLoops(Tied):
+    def __call__(self, tokens):
+        def step(x, _):
+            return x, jax.lax.cond(x.sum() > 0, jax.jit(self.embed.attend), self.embed.attend, x)
+
+        x = self.embed(tokens)
+        return jax.lax.scan(step, x, None, length=2)[1], jax.vmap(self.embed.attend)(x)
+
+
+@pytest.mark.parametrize("model", [Tied(nnx.Rngs(0)), LinenTied()], ids=["nnx", "linen"])
+def test_an_embedding_is_a_layer_where_it_is_multiplied(model):
+    tokens = jnp.zeros((2, 5), jnp.int32)
+    network = hwmodel.trace(model, tokens)
+    assert extents(network) == {"embed": (8, 10, 12, 1)}
+    assert network.layers[0].kind == "dense"
+    rule = stp_jax.Rule(path=".*", budget=6, activations="dynamic", embeddings=True)
+    quantized = hwmodel.trace(stp_jax.quantize(model, stp_jax.Policy([rule])), tokens)
+    assert quantized.layers == network.layers
+
+
+def test_an_embedding_is_named_inside_of_loops_branches_and_jit():
+    network = hwmodel.trace(TiedInLoops(nnx.Rngs(0)), jnp.zeros((2, 5), jnp.int32))
+    layer = (8, 10, 12, 1)
+    assert extents(network) == {"embed": layer, "embed@2": layer, "embed@3": layer}
+
+
 def test_what_cannot_be_traced_is_said():
     with pytest.raises(TypeError, match=r"expected an nnx\.Module"):
         hwmodel.trace(lambda x: x, jnp.zeros(3))

@@ -140,3 +140,21 @@ def test_a_model_without_parameters_cannot_be_recorded():
         hwmodel.record_operands(LinenBlock(), jnp.zeros((2, 6, 6, 3)))
     with pytest.raises(TypeError, match=r"expected an nnx\.Module or a linen\.Module"):
         hwmodel.record_operands(jnp.sin, jnp.zeros(3))
+
+
+def test_the_query_of_a_tied_embedding_is_its_input():
+    class Tied(nnx.Module):
+        def __init__(self):
+            self.embed = nnx.Embed(12, 8, rngs=nnx.Rngs(0))
+
+        def __call__(self, tokens):
+            return self.embed.attend(self.embed(tokens))
+
+    model, tokens = Tied(), jnp.arange(6).reshape(2, 3)
+    (name, query), *others = hwmodel.record_activations(model, tokens).items()
+    assert (name, others) == ("embed", [])
+    np.testing.assert_allclose(
+        query / np.abs(query).max(),
+        model.embed(tokens) / jnp.abs(model.embed(tokens)).max(),
+        atol=0.005,
+    )
