@@ -48,7 +48,8 @@ def load_run(workdir: str | Path) -> LoadedRun:
     if missing:
         absent = " and no ".join(missing)
         raise ConfigError(f"{workdir} holds no finished run: there is no {absent}")
-    results, stored = _read(workdir / "results.json"), _read(workdir / "config.json").get("config")
+    results = _read(workdir / "results.json")
+    stored: Any = _read(workdir / "config.json").get("config")
     if not (workdir / "model.safetensors").is_file():
         raise ConfigError(f"{workdir} holds results of {results.get('experiment')}, but no model")
     try:

@@ -77,7 +77,7 @@ class _Walk:
         named = [self._tables.get(v) if isinstance(v, Var) else None for v in eqn.invars]
         if not any(named):
             return
-        if eqn.primitive.name in _PASSING:
+        if eqn.primitive.name in _PASSING and named[0] is not None:
             self._tables[eqn.outvars[0]] = named[0]
         for inner in _jaxprs(eqn.params):
             # A cond's branches do not take its first operand, the index.

@@ -101,6 +101,91 @@ def test_a_broken_file_is_a_value_error(tmp_path):
         hwmodel.read_onnx(tmp_path / "none.onnx")
 
 
+def open_network(path):
+    """A product of a shape that the graph computes, of inputs whose extents are open."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["s"], start=1),
+        helper.make_node("ReduceProd", ["s", "axis"], ["rest"], keepdims=1),
+        helper.make_node("Concat", ["batch", "rest"], ["both"], axis=0),
+        helper.make_node("Reshape", ["x", "both"], ["f"]),
+        helper.make_node("MatMul", ["f", "w"], ["y"], "fc"),
+    ]
+    integers = [helper.make_tensor(n, onnx.TensorProto.INT64, [1], [v]) for n, v in
+                (("axis", 0), ("batch", -1))]  # fmt: skip
+    shapes = {"x": ("batch", 2, "width")}
+    return write(path, nodes, shapes, ("batch", 5), [tensor("w", 12, 5), *integers])
+
+
+def test_open_extents_are_given_as_shapes(tmp_path):
+    path = open_network(tmp_path)
+    with pytest.raises(ValueError, match=r"open: x \(batch, 2, width\); give them as shapes="):
+        hwmodel.read_onnx(path)
+    with pytest.raises(ValueError, match=r"no such inputs: z; it has x"):
+        hwmodel.read_onnx(path, shapes={"z": (1,)})
+    for wrong in [(3, 2), (3, 2, 0)]:
+        with pytest.raises(ValueError, match="'x' must be 3 positive extents"):
+            hwmodel.read_onnx(path, shapes={"x": wrong})
+    with pytest.raises(ValueError, match=r"net\.onnx: "):  # 2 · 7 inputs for 12 rows of weights
+        hwmodel.read_onnx(path, shapes={"x": (3, 2, 7)})
+
+
+def test_shapes_that_the_graph_computes_are_observed(tmp_path):
+    pytest.importorskip("onnxruntime")
+    (layer,) = hwmodel.read_onnx(open_network(tmp_path), shapes={"x": (3, 2, 6)})
+    assert (layer.name, layer.kind, layer.K, layer.P, layer.M) == ("fc", "dense", 12, 3, 5)
+
+
+def test_shapes_replace_those_of_the_file(tmp_path):
+    node = helper.make_node("Conv", ["x", "w"], ["y"], "c", pads=[1, 1])
+    path = write(tmp_path, [node], {"x": (1, 3, 8)}, (1, 4, 8), [tensor("w", 4, 3, 3)])
+    (layer,) = hwmodel.read_onnx(path, shapes={"x": (2, 3, 16)})
+    assert (layer.batch, layer.out_size) == (2, (16,))
+
+
+@pytest.mark.parametrize(("operator", "gates"), [("RNN", 1), ("GRU", 3), ("LSTM", 4)])
+@pytest.mark.parametrize("layout", [0, 1])
+def test_recurrent_layers_are_products_of_input_and_state(tmp_path, operator, gates, layout):
+    node = helper.make_node(
+        operator, ["x", "w", "r"], ["y"], "rnn",
+        hidden_size=5, direction="bidirectional", layout=layout,
+    )  # fmt: skip
+    steps, batch = 3, 2
+    weights = [tensor("w", 2, gates * 5, 7), tensor("r", 2, gates * 5, 5)]
+    shape, out = ((steps, batch, 7), (steps, 2, batch, 5))
+    if layout:
+        shape, out = (batch, steps, 7), (batch, steps, 2, 5)
+    network = hwmodel.read_onnx(write(tmp_path, [node], {"x": shape}, out, weights))
+    assert network.names[:3] == ("rnn.input", "rnn.state", "rnn.state@2")
+    (first, *others) = [(layer.K, layer.P, layer.M) for layer in network]
+    assert first == (7, steps * batch, 2 * gates * 5)
+    assert others == 2 * steps * [(5, batch, gates * 5)]
+
+
+def test_layers_in_branches_are_refused(tmp_path):
+    product = helper.make_node("MatMul", ["x", "w"], ["z"], "inner")
+    branch = helper.make_graph(
+        [product], "b", [], [helper.make_tensor_value_info("z", FLOAT, (2, 4))]
+    )
+    node = helper.make_node("If", ["c"], ["y"], "choice", then_branch=branch, else_branch=branch)
+    true = helper.make_tensor("c", onnx.TensorProto.BOOL, [], [True])
+    path = write(tmp_path, [node], {"x": (2, 3)}, (2, 4), [tensor("w", 3, 4), true])
+    with pytest.raises(ValueError, match=r"not modelled: choice \(If\)"):
+        hwmodel.read_onnx(path)
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        (helper.make_node("MatMul", ["x"], ["y"], "m"), r"m \(MatMul\): it needs two operands"),
+        (helper.make_node("Conv", ["x", "w"], ["y"], pads=[1]), "not a valid ONNX model.*pads"),
+    ],
+)
+def test_a_damaged_node_is_named(tmp_path, node, message):
+    path = write(tmp_path, [node], {"x": (1, 3, 8)}, (1, 4, 8), [tensor("w", 4, 3, 3)])
+    with pytest.raises(ValueError, match=message):
+        hwmodel.read_onnx(path)
+
+
 def test_onnx_graphs_become_networks(tmp_path):
     nodes = [
         helper.make_node("Conv", ["x", "w"], ["y"], "conv", strides=[2, 2], pads=[1, 1, 1, 1]),
