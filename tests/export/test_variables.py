@@ -1,5 +1,6 @@
 """Float models in one file: exact, whole or refused."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,6 +29,43 @@ def test_every_variable_comes_back_bit_for_bit_statistics_too(tmp_path):
     load_variables(other, tmp_path / "float.safetensors")
     for path, value in values(other).items():
         np.testing.assert_array_equal(value, values(model)[path])
+
+
+SIZES = {
+    "vgg16_bn": {"head": "small", "width": 4},
+    "mobilenet_v2": {"width_multiplier": 0.25},
+    "efficientnet_lite0": {},
+    "vit_s16": {"image_size": 8, "patch_size": 4, "width": 12, "heads": 3, "depth": 2},
+    "mlp": {"in_features": 4},
+    "lstm_lm": {"embedding": 8, "hidden": 8},
+    "decoder_lm": {"width": 16, "depth": 2, "heads": 4, "kv_heads": 2, "hidden": 24, "context": 8},
+}
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_every_model_of_the_registry_comes_back(name, tmp_path):
+    options = SIZES.get(name, {"width": 4})
+
+    def drawn(seed):
+        """The model with values drawn by NumPy, which takes no compilation."""
+        model = nnx.eval_shape(
+            lambda: models.create(name, num_classes=5, rngs=nnx.Rngs(0), **options)
+        )
+        rng = np.random.default_rng(seed)
+        for _, variable in nnx.to_flat_state(nnx.state(model)):
+            shape, dtype = variable.get_value().shape, variable.get_value().dtype
+            is_key = jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+            value = jax.random.key(seed) if is_key else jnp.asarray(rng.normal(size=shape), dtype)
+            variable.set_value(value)
+        return model
+
+    model, other = drawn(0), drawn(1)
+    save_variables(model, tmp_path / "float.safetensors")
+    load_variables(other, tmp_path / "float.safetensors")
+    wanted = values(model)
+    for path, value in values(other).items():
+        if not jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+            np.testing.assert_array_equal(value, wanted[path])
 
 
 def test_a_file_that_does_not_fit_changes_nothing_and_says_why(tmp_path):
