@@ -214,24 +214,25 @@ def _diagonal(study: Study, terms: float):
     return model, {}
 
 
-def _compensated(study: Study, terms: float):
-    model = study.int8()
-    return model, stp_jax.compensate(model, study.calibration, study.uniform(terms))
-
-
-def _reconstructed(study: Study, terms: float, *, allocated: bool = False):
+def _fitted(fit: Callable, study: Study, terms: float, *, allocated: bool = False):
+    """By `stp_jax.compensate` or `stp_jax.reconstruct`."""
     model = study.int8()
     budgets = study.allocated(terms) if allocated else study.uniform(terms)
-    return model, stp_jax.reconstruct(model, study.calibration, budgets)
+    return model, fit(model, study.calibration, budgets)
+
+
+_compensated = functools.partial(_fitted, stp_jax.compensate)
+_reconstructed = functools.partial(_fitted, stp_jax.reconstruct)
 
 
 WAYS: dict[str, Way] = {
     _GREEDY: _greedy,
-    "term revealing, scales searched": lambda s, t: _greedy(s, t, search=True),
+    "term revealing, scales searched": functools.partial(_greedy, search=True),
     "diagonal projection": _diagonal,
     "compensated": _compensated,
+    "compensated, budgets by filter": functools.partial(_compensated, allocated=True),
     "reconstructed": _reconstructed,
-    "reconstructed, budgets by filter": lambda s, t: _reconstructed(s, t, allocated=True),
+    "reconstructed, budgets by filter": functools.partial(_reconstructed, allocated=True),
 }
 
 
