@@ -1,244 +1,255 @@
-"""Networks of ONNX files (operators Conv, Gemm, MatMul and recurrent ones)."""
+"""Networks of ONNX files: convolutions, products and recurrent layers of the default operators."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
 
 from stp_jax.hwmodel.network import Layer, Network, dense, matmul
+from stp_jax.hwmodel.readers import products
+from stp_jax.hwmodel.readers.observe import Uses
 
-# Operators of the same work that are not read; silence would leave their multiplications out.
+if TYPE_CHECKING:
+    from stp_jax.hwmodel.readers.onnx_values import Shape, Values
+
+# Operators of such work that are not read; silence would leave their multiplications out.
 _REFUSED = frozenset(
     {
-        "ConvTranspose",
-        "DeformConv",
-        "ConvInteger",
-        "MatMulInteger",
-        "QLinearConv",
-        "QLinearMatMul",
-        "QGemm",
-        "Einsum",
         "Attention",
+        "CausalConvWithState",
+        "DeformConv",
+        "FlexAttention",
+        "LinearAttention",
+        "LinearClassifier",
+        "LinearRegressor",
+        "SVMClassifier",
+        "SVMRegressor",
     }
 )
-# Operators that hand their first input on; a weight may pass through several of them.
-_PASSING = frozenset({"DequantizeLinear", "QuantizeLinear", "Identity", "Transpose", "Cast"})
+_GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 
 
-_GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}  # matrices beside each other in a recurrent layer
-_BRANCHING = frozenset({"If", "Loop", "Scan"})
+def read_onnx(
+    path: str | Path,
+    *,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    values: Mapping[str, npt.ArrayLike] | None = None,
+) -> Network:
+    """The convolutions, dense layers, matrix products and recurrent layers of an ONNX graph.
 
+    Layers come in the graph's order and are named after their nodes, or after their outputs where
+    nodes have no name; the n-th use of a name ends in ``@n``. They are read as follows:
 
-def read_onnx(path: str | Path, *, shapes: Mapping[str, Sequence[int]] | None = None) -> Network:
-    """The convolutions, dense layers and matrix products of an ONNX graph, in its order.
-
-    Shapes come from ONNX's own shape inference, and where the graph computes them itself from one
-    run on zeros (by onnxruntime). Layers are named after their nodes, or after their
-    outputs where nodes have no name. A MatMul whose right side is a constant matrix (an initializer
-    or Constant, perhaps dequantized, transposed or cast), or any matrix shared by a batch, is a
-    dense layer. A recurrent operator is a product with its input over all steps, ``name.input``,
-    and one with its state a step: ``name.state``, ``name.state@2`` and so on.
+    * A product with a constant matrix (an initializer, or what is computed from constants alone,
+      such as a dequantized or transposed one), or with a matrix shared by a batch, is a dense
+      layer. Products of constants are left out, as runtimes compute them once.
+    * Quantized operators (QLinear…, …Integer, QuantizeLinear and DequantizeLinear) are the layers
+      that they stand for.
+    * A transposed convolution is the product of its input with its kernel. The sums of what
+      overlaps in its output are not the array's.
+    * LSTM, GRU and RNN are one product ``.input`` with all steps' inputs, and for each step and
+      direction one ``.recurrent`` with the state.
+    * Of an ``If`` whose condition does not follow from the shapes, the branch with more
+      multiply-accumulates counts. Functions of the model are inlined.
 
     Args:
-      path: an ``.onnx`` file. Needs the ``onnx`` package.
-      shapes: of inputs by name, where the file leaves extents open or for others than it says.
+      path: an ``.onnx`` file. Needs the ``onnx`` package. Weights in files of their own need not be
+        there.
+      shapes: of inputs whose extents are symbolic in the file, by name.
+      values: of inputs on which shapes or branches of the graph depend, such as a sampling rate.
 
     Raises:
       ImportError: the package is missing.
       FileNotFoundError: no such file.
-      ValueError: not an ONNX model, no such layer in the graph, an input whose shape is open, a
-        layer whose shape does not follow from the inputs', or an operator of such work that is not
-        read (transposed, quantised, Einsum; anything within If, Loop and Scan).
+      ValueError: not an ONNX model, no such layer in the graph, shapes that are missing or do not
+        fit, a layer whose shape depends on data, or an operator that is not read: one that
+        multiplies in another way (deformable convolutions, Attention, a product in a Loop or Scan),
+        or one that the ``onnx`` package does not know. Nodes are named.
     """
     try:
         import onnx
+        import onnx.inliner
     except ImportError as error:
         raise ImportError("read_onnx needs the onnx package: pip install onnx") from error
-    if not Path(path).is_file():
+    from stp_jax.hwmodel.readers.onnx_values import Values
+
+    path = Path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        model = onnx.load(str(path))
-        _set_inputs(model.graph, shapes or {})
-        model = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-    except _OpenShapeError as error:
-        raise ValueError(f"{path}: {error}") from None
-    except Exception as error:  # protobuf's, onnx's checker's and shape inference's own
+        model = onnx.load(str(path), load_external_data=False)
+        if model.functions:
+            model = onnx.inliner.inline_local_functions(model)
+    except Exception as error:  # protobuf's and onnx's own
         raise ValueError(f"{path}: not a valid ONNX model: {error}") from error
-    graph = model.graph
-    refused = [node for node in graph.node if node.op_type in _REFUSED or _hides_layers(node)]
-    if refused:
-        named = ", ".join(f"{_node_name(node)} ({node.op_type})" for node in refused)
-        raise ValueError(f"{path}: operators that are not modelled: {named}")
-    known: dict[str, tuple[int, ...]] = {t.name: tuple(t.dims) for t in graph.initializer}
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        if value.type.tensor_type.HasField("shape"):
-            known.setdefault(value.name, _extents(value))
-    nodes = [node for node in graph.node if node.op_type in ("Conv", "Gemm", "MatMul", *_GATES)]
-    wanted = {tensor for node in nodes for tensor in (*node.input[:2], *node.output[:1])}
-    if unknown := sorted(name for name in wanted if not all(known.get(name, (0,)))):
-        known |= _observed(path, model, unknown)
-    constants = {t.name for t in graph.initializer}
-    for node in graph.node:  # in topological order
-        passes = node.op_type in _PASSING and node.input and node.input[0] in constants
-        if passes or node.op_type == "Constant":
-            constants.update(node.output[:1])
-    layers: list[Layer] = []
-    for node in nodes:
-        try:
-            layers += _layers(node, known, constants, onnx.helper.get_attribute_value)
-        except (ValueError, TypeError, IndexError, ZeroDivisionError, AttributeError) as error:
-            raise ValueError(f"{path}: {_node_name(node)} ({node.op_type}): {error}") from error
-    if not layers:
-        raise ValueError(f"{path}: no Conv, Gemm, MatMul or recurrent layer in the graph")
-    return Network(tuple(layers), name=graph.name or Path(path).stem)
-
-
-class _OpenShapeError(ValueError):
-    """An input's shape is not known."""
-
-
-def _extents(value: Any) -> tuple[int, ...]:
-    """The shape of a value, 0 where an extent is open."""
-    return tuple(max(0, d.dim_value) for d in value.type.tensor_type.shape.dim)
-
-
-def _set_inputs(graph: Any, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Fixes the inputs' shapes, from which all others are to be inferred anew."""
-    constants = {t.name for t in graph.initializer}
-    inputs = {value.name: value for value in graph.input if value.name not in constants}
-    if unknown := sorted(set(shapes) - set(inputs)):
-        raise _OpenShapeError(f"no such inputs: {', '.join(unknown)}; it has {', '.join(inputs)}")
-    for name, shape in shapes.items():
-        extents = inputs[name].type.tensor_type.shape
-        if len(shape) != len(extents.dim) or any(n < 1 for n in shape):
-            raise _OpenShapeError(
-                f"the shape of input {name!r} must be {len(extents.dim)} positive extents, got "
-                f"{tuple(shape)}"
-            )
-        for dim, extent in zip(extents.dim, shape, strict=True):
-            dim.dim_value = extent
-    is_open = {n: v for n, v in inputs.items() if n not in shapes and not all(_extents(v))}
-    if is_open:
-        named = ", ".join(
-            f"{name} ({', '.join(d.dim_param or str(max(0, d.dim_value) or '?') for d in dims)})"
-            for name, dims in ((n, v.type.tensor_type.shape.dim) for n, v in is_open.items())
-        )
-        raise _OpenShapeError(f"extents of inputs are open: {named}; give them as shapes={{…}}")
-    if shapes:  # what the file says of other values may hold for other inputs only
-        del graph.value_info[:]
-        for value in graph.output:
-            value.type.tensor_type.ClearField("shape")
-
-
-def _observed(path: Any, model: Any, names: list[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes that the graph computes itself: those of one run on zeros."""
-    import numpy as np
-    import onnx
-
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ImportError(
-            f"{path} computes the shape of {names[0]}, which takes a run of it: "
-            "pip install onnxruntime"
-        ) from error
-    graph = model.graph
-    declared = {value.name for value in graph.output}
-    graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in declared)
-    constants = {t.name for t in graph.initializer}
-    zeros = {
-        value.name: np.zeros(
-            _extents(value), onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-        )
-        for value in graph.input
-        if value.name not in constants
+    if not model.graph.node:
+        raise ValueError(f"{path}: not a valid ONNX model: its graph is empty")
+    opsets = {
+        "" if opset.domain == "ai.onnx" else opset.domain: opset.version
+        for opset in model.opset_import
     }
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
+    known = Values(opsets or {"": 1}, path.parent)
     try:
-        session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        return {n: v.shape for n, v in zip(names, session.run(names, zeros), strict=True)}
-    except Exception as error:  # onnxruntime's own are no common class
-        raise ValueError(
-            f"{path}: the shape of {names[0]} does not follow from the inputs', and onnxruntime "
-            f"cannot run the graph: {error}"
-        ) from error
+        known.add_inputs(model.graph, shapes or {}, values or {})
+        layers = _graph(model.graph, known)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not layers:
+        raise ValueError(f"{path}: no convolution, product or recurrent layer in the graph")
+    uses = Uses()
+    named = (dataclasses.replace(layer, name=uses.unique(layer.name)) for layer in layers)
+    return Network(tuple(named), name=model.graph.name or path.stem)
 
 
-def _node_name(node: Any) -> str:
-    return node.name or next(iter(node.output), "") or node.op_type
+def _graph(graph: Any, values: Values) -> list[Layer]:
+    """Layers of a graph in its order; what its nodes tell of its tensors is added to ``values``."""
+    refused = [node for node in graph.node if node.op_type in _REFUSED]
+    if refused:
+        named = ", ".join(f"{_name(node)} ({node.op_type})" for node in refused)
+        raise ValueError(f"operators that are not modelled: {named}")
+    values.add_initializers(graph)
+    layers: list[Layer] = []
+    for node in graph.node:
+        layers += _node(node, values)
+    return layers
 
 
-def _hides_layers(node: Any) -> bool:
-    """Whether a layer stands in a graph within the node."""
-    if node.op_type not in _BRANCHING:
-        return False
-    inner = [n for a in node.attribute for g in (a.g, *a.graphs) for n in g.node]
-    of_work = _REFUSED | _GATES.keys() | {"Conv", "Gemm", "MatMul"}
-    return any(n.op_type in of_work or _hides_layers(n) for n in inner)
+def _name(node: Any) -> str:
+    return node.name or next(filter(None, node.output), node.op_type)
 
 
-def _layers(
-    node: Any, known: dict[str, tuple[int, ...]], constants: set[str], value_of: Any
-) -> list[Layer]:
-    name = _node_name(node)
-    attributes = {a.name: value_of(a) for a in node.attribute}
-    if node.op_type in _GATES:
-        return _recurrent(node, known, attributes)
-    if len(node.input) < 2 or not node.output:
-        raise ValueError("it needs two operands and a result")
-    lhs, rhs = (known.get(tensor, (0,)) for tensor in node.input[:2])
-    out = known.get(node.output[0], (0,))  # a product of two vectors is a scalar, ()
-    if not all(lhs) or not all(rhs) or not all(out) or not (lhs and rhs):
-        raise ValueError(f"its operands {lhs} and {rhs} and its result {out} are no product's")
-    if node.op_type == "Conv":
-        return [_convolution(name, lhs, rhs, out, attributes)]
-    if node.op_type == "Gemm":
-        rows, columns = out
-        return [dense(name, math.prod(lhs) // rows, columns, rows=rows)]
+def _node(node: Any, values: Values) -> list[Layer]:
+    name = _name(node)
+    if node.op_type == "If":
+        return _branch(node, values)
+    if subgraphs := values.subgraphs(node):
+        inside = [f"{_name(n)} ({n.op_type})" for n in _nodes(subgraphs) if n.op_type in _READ]
+        if inside:
+            raise ValueError(f"{name}: layers in a {node.op_type} are not read: {inside[0]}")
+        values.leave_unknown(node, name)
+        return []
+    if node.op_type == "DynamicQuantizeLSTM":
+        node = values.float_lstm(node)
+    values.infer(node, name)
+    read = _READ.get(node.op_type)
+    if read is None or values.constant.issuperset(node.output):
+        return []
+    return read(name, node, values)
+
+
+def _nodes(graphs: Iterable[Any]) -> list[Any]:
+    """Nodes of graphs and of the graphs within."""
+    nodes = [node for graph in graphs for node in graph.node]
+    inner = [a.g for node in nodes for a in node.attribute if a.HasField("g")]
+    return nodes + _nodes(inner) if inner else nodes
+
+
+def _branch(node: Any, values: Values) -> list[Layer]:
+    """Of an If, the branch that is taken, or else the one with more multiply-accumulates."""
+    branches = {a.name: a.g for a in node.attribute}
+    taken = [branches["then_branch"], branches["else_branch"]]
+    condition = values.known.get(node.input[0])
+    if condition is not None:
+        taken = [taken[0] if condition.item() else taken[1]]
+    inner = [(branch, values.within()) for branch in taken]
+    layers = [_graph(branch, seen) for branch, seen in inner]
+    outputs = [[output.name for output in branch.output] for branch in taken]
+    values.join(node.output, [seen for _, seen in inner], outputs, _name(node))
+    return max(layers, key=lambda found: sum(layer.macs for layer in found))
+
+
+def _operands(node: Any) -> tuple[str, str]:
+    # Scale and zero point of the first come before the second.
+    return node.input[0], node.input[3 if node.op_type.startswith("QLinear") else 1]
+
+
+def _shapes(
+    name: str, node: Any, values: Values, tensors: Sequence[str] | None = None
+) -> list[Shape]:
+    """Shapes of tensors; of the operands and the output by default."""
+    found: list[Shape] = []
+    for tensor in tensors or (*_operands(node), node.output[0]):
+        shape = values.shape(tensor)
+        if shape is None:
+            since = values.unknown_since.get(tensor, tensor)
+            raise ValueError(
+                f"{name} ({node.op_type}): the shape of {tensor!r} is not known; it depends on the "
+                f"data, or on an operator without shape inference, from {since!r} on"
+            )
+        found.append(shape)
+    return found
+
+
+def _product(name: str, node: Any, values: Values) -> list[Layer]:
+    lhs, rhs, out = _shapes(name, node, values)
+    first_is_constant, is_constant = (t in values.constant for t in _operands(node))
+    while is_constant and len(rhs) > 2 and rhs[0] == 1:
+        rhs = rhs[1:]
     # A vector on the left is one row, on the right one column (as numpy.matmul).
     reduction, columns = lhs[-1], rhs[-1] if len(rhs) > 1 else 1
-    rows = math.prod(lhs[:-1])
+    if first_is_constant and len(lhs) <= 2:  # W x, the transpose of x' W'
+        return [dense(name, reduction, math.prod(lhs[:-1]), rows=math.prod(rhs) // reduction)]
     if len(rhs) <= 2:
-        if len(lhs) == 2 and node.input[1] not in constants:
+        rows = math.prod(lhs[:-1])
+        if len(lhs) == 2 and not is_constant:
             return [matmul(name, rows, reduction, columns)]
         return [dense(name, reduction, columns, rows=rows)]
     rows = lhs[-2] if len(lhs) > 1 else 1
     return [matmul(name, rows, reduction, columns, products=math.prod(out) // (rows * columns))]
 
 
-def _recurrent(
-    node: Any, known: dict[str, tuple[int, ...]], attributes: dict[str, Any]
-) -> list[Layer]:
-    """The products of RNN, GRU and LSTM, both directions side by side."""
-    sequence, weights, *_ = (*(known.get(tensor, (0,)) for tensor in node.input), (0,), (0,))
-    if len(sequence) != 3 or len(weights) != 3 or not all(sequence + weights):
-        raise ValueError(
-            f"the shapes of its input and weights, {sequence} and {weights}, are not known"
-        )
-    directions, hidden, inputs = weights
-    if hidden % _GATES[node.op_type]:
-        raise ValueError(f"its weights {weights} are not those of {_GATES[node.op_type]} gates")
-    steps, batch = sequence[:2] if not attributes.get("layout", 0) else sequence[1::-1]
-    name, state = _node_name(node), hidden // _GATES[node.op_type]
-    step = dense(f"{name}.state", state, hidden, rows=batch)
-    return [
-        dense(f"{name}.input", inputs, directions * hidden, rows=steps * batch),
-        *(replace(step, name=_use(step.name, n)) for n in range(1, directions * steps + 1)),
-    ]
+def _gemm(name: str, node: Any, values: Values) -> list[Layer]:
+    lhs, _, (rows, columns) = _shapes(name, node, values)
+    return [dense(name, math.prod(lhs) // rows, columns, rows=rows)]
 
 
-def _use(name: str, number: int) -> str:
-    return name if number == 1 else f"{name}@{number}"
+def _einsum(name: str, node: Any, values: Values) -> list[Layer]:
+    if len(node.input) == 1:  # a sum or a transposition
+        return []
+    if len(node.input) > 2:
+        raise ValueError(f"{name}: an Einsum of {len(node.input)} operands is not modelled")
+    equation = values.attributes(node)["equation"].decode()
+    lhs, rhs, _ = _shapes(name, node, values)
+    if node.input[0] in values.constant:
+        operands, *result = equation.split("->")
+        left, right = operands.split(",")
+        equation = "->".join([f"{right},{left}", *result])
+        lhs, rhs = rhs, lhs
+    layer = products.einsum(name, equation, lhs, rhs)
+    if not values.constant.intersection(node.input):
+        layer = dataclasses.replace(layer, kind="matmul")
+    return [layer]
 
 
-def _convolution(name: str, lhs: Any, rhs: Any, out: Any, attributes: dict[str, Any]) -> Layer:
+def _recurrent(name: str, node: Any, values: Values) -> list[Layer]:
+    attributes = values.attributes(node)
+    ((*steps_and_batch, features),) = _shapes(name, node, values, node.input[:1])
+    steps, batch = reversed(steps_and_batch) if attributes.get("layout") else steps_and_batch
+    hidden = attributes["hidden_size"]
+    directions = 2 if attributes.get("direction") == b"bidirectional" else 1
+    filters = _GATES[node.op_type] * hidden
+    of_input = dense(f"{name}.input", features, directions * filters, rows=steps * batch)
+    of_state = dense(f"{name}.recurrent", hidden, filters, rows=batch)
+    return [of_input, *(directions * steps * [of_state])]
+
+
+def _transposed_convolution(name: str, node: Any, values: Values) -> list[Layer]:
+    (batch, channels, *in_size), (_, filters, *kernel), _ = _shapes(name, node, values)
+    groups = values.attributes(node).get("group", 1)
+    rows, reduction, columns = batch * math.prod(in_size), channels // groups, math.prod(kernel)
+    if groups > 1:
+        return [matmul(name, rows, reduction, filters * columns, products=groups)]
+    return [dense(name, reduction, filters * columns, rows=rows)]
+
+
+def _convolution(name: str, node: Any, values: Values) -> list[Layer]:
+    lhs, rhs, out = _shapes(name, node, values)
+    attributes = values.attributes(node)
     kernel = tuple(rhs[2:])
     pads = attributes.get("pads", (0,) * (2 * len(kernel)))
     padding = tuple(zip(pads[: len(kernel)], pads[len(kernel) :], strict=True))
@@ -251,7 +262,7 @@ def _convolution(name: str, lhs: Any, rhs: Any, out: Any, attributes: dict[str, 
         padding = tuple((m // 2, m - m // 2) for m in missing)
         if automatic == "SAME_LOWER":
             padding = tuple((high, low) for low, high in padding)
-    return Layer(
+    layer = Layer(
         name=name,
         batch=lhs[0],
         in_size=tuple(lhs[2:]),
@@ -264,3 +275,14 @@ def _convolution(name: str, lhs: Any, rhs: Any, out: Any, attributes: dict[str, 
         dilation=dilation,
         padding=padding,
     )
+    return [layer]
+
+
+_READ: dict[str, Callable[[str, Any, Any], list[Layer]]] = {
+    **dict.fromkeys(("Conv", "ConvInteger", "QLinearConv"), _convolution),
+    "ConvTranspose": _transposed_convolution,
+    "Gemm": _gemm,
+    **dict.fromkeys(("MatMul", "MatMulInteger", "QLinearMatMul"), _product),
+    "Einsum": _einsum,
+    **dict.fromkeys(_GATES, _recurrent),
+}

@@ -84,7 +84,7 @@ def product(
 def einsum(name: str, equation: str, lhs: Shape, rhs: Shape) -> Layer:
     """The product of two shapes that an equation describes."""
     equation = equation.replace(" ", "")
-    if "..." in equation:
+    if "..." in equation or "->" not in equation:
         parsed = opt_einsum.parser.parse_einsum_input((equation, lhs, rhs), shapes=True)
         equation = f"{parsed[0]}->{parsed[1]}"
     operands, result = equation.split("->")

@@ -1,25 +1,8 @@
 import numpy as np
 import pytest
+from onnx_graphs import FLOAT, helper, onnx, tensor, write
 
 from stp_jax import hwmodel
-
-onnx = pytest.importorskip("onnx")
-helper, FLOAT = onnx.helper, onnx.TensorProto.FLOAT
-
-
-def tensor(name, *shape, dtype=FLOAT):
-    return helper.make_tensor(name, dtype, shape, np.zeros(shape, np.int8).ravel())
-
-
-def write(path, nodes, inputs, output, initializers=(), types=FLOAT):
-    """A graph of inputs (name, shape) that ends in the output of a shape."""
-    values = [helper.make_tensor_value_info(n, types, shape) for n, shape in inputs.items()]
-    result = [helper.make_tensor_value_info("y", FLOAT, output)]
-    graph = helper.make_graph(nodes, "net", values, result, list(initializers))
-    opset = [helper.make_opsetid("", 21)]
-    path = path / "net.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), str(path))
-    return path
 
 
 def described(path):
@@ -84,11 +67,128 @@ def test_products_are_those_of_numpy(tmp_path, lhs, rhs, out, expected):
 
 def test_what_is_not_read_is_refused_by_name(tmp_path):
     nodes = [
-        helper.make_node("ConvTranspose", ["x", "w"], ["t"], "up"),
+        helper.make_node("DeformConv", ["x", "w", "o"], ["t"], "bent"),
         helper.make_node("Conv", ["t", "w"], ["y"], "c"),
     ]
-    path = write(tmp_path, nodes, {"x": (1, 3, 8)}, (1, 3, 8), [tensor("w", 3, 3, 3)])
-    with pytest.raises(ValueError, match=r"up \(ConvTranspose\)"):
+    inputs = {"x": (1, 3, 8, 8), "o": (1, 18, 6, 6)}
+    path = write(tmp_path, nodes, inputs, (1, 3, 4, 4), [tensor("w", 3, 3, 3, 3)])
+    with pytest.raises(ValueError, match=r"bent \(DeformConv\)"):
+        hwmodel.read_onnx(path)
+
+
+def test_constants_of_three_axes_and_constants_on_the_left_are_dense_layers(tmp_path):
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], "m")
+    path = write(tmp_path, [node], {"x": (1, 5, 6)}, (1, 5, 7), [tensor("w", 1, 6, 7)])
+    assert described(path) == ("dense", 6, 5, 7, 1)
+    node = helper.make_node("MatMul", ["w", "x"], ["y"], "m")
+    path = write(tmp_path, [node], {"x": (2, 6, 5)}, (2, 7, 5), [tensor("w", 7, 6)])
+    assert described(path) == ("dense", 6, 10, 7, 1)
+
+
+def test_products_of_constants_are_left_out(tmp_path):
+    nodes = [
+        helper.make_node("MatMul", ["v", "w"], ["u"], "folded"),
+        helper.make_node("MatMul", ["x", "u"], ["y"], "m"),
+    ]
+    constants = [tensor("v", 6, 3), tensor("w", 3, 7)]
+    path = write(tmp_path, nodes, {"x": (5, 6)}, (5, 7), constants)
+    assert described(path) == ("dense", 6, 5, 7, 1)
+
+
+def test_names_that_repeat_are_numbered(tmp_path):
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["u"], "m"),
+        helper.make_node("MatMul", ["u", "w"], ["y"], "m"),
+    ]
+    path = write(tmp_path, nodes, {"x": (5, 6)}, (5, 6), [tensor("w", 6, 6)])
+    assert hwmodel.read_onnx(path).names == ("m", "m@2")
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"), [(1, ("dense", 4, 27, 54, 1)), (2, ("matmul", 2, 27, 54, 2))]
+)
+def test_transposed_convolutions_are_products_of_every_input_pixel(tmp_path, groups, expected):
+    node = helper.make_node("ConvTranspose", ["x", "w"], ["y"], "up", strides=[2, 2], group=groups)
+    kernel = tensor("w", 4, 6, 3, 3)  # 6 filters a group
+    path = write(tmp_path, [node], {"x": (3, 4, 3, 3)}, (3, 6 * groups, 7, 7), [kernel])
+    assert described(path) == expected
+
+
+INT8, UINT8 = onnx.TensorProto.INT8, onnx.TensorProto.UINT8
+
+
+@pytest.mark.parametrize(
+    ("operator", "kernel", "expected"),
+    [
+        ("ConvInteger", (4, 3, 3), ("conv", 9, 12, 4, 1)),
+        ("QLinearConv", (4, 3, 3), ("conv", 9, 12, 4, 1)),
+        ("MatMulInteger", (8, 5), ("dense", 8, 6, 5, 1)),
+        ("QLinearMatMul", (8, 5), ("dense", 8, 6, 5, 1)),
+    ],
+)
+def test_quantized_operators_are_the_layers_that_they_stand_for(
+    tmp_path, operator, kernel, expected
+):
+    shape = (2, 3, 8)
+    constants = [tensor("w", *kernel, dtype=INT8), tensor("s"), tensor("z", dtype=UINT8)]
+    constants.append(tensor("zw", dtype=INT8))
+    inputs = ["x", "w", "z", "zw"]
+    if operator.startswith("QLinear"):
+        inputs = ["x", "s", "z", "w", "s", "zw", "s", "z"]
+    node = helper.make_node(operator, inputs, ["y"], "q")
+    out = (2, 4, 6) if "Conv" in operator else (2, 3, 5)
+    assert described(write(tmp_path, [node], {"x": shape}, out, constants, UINT8)) == expected
+
+
+@pytest.mark.parametrize(
+    ("operator", "gates", "direction", "layout"),
+    [
+        ("LSTM", 4, "forward", 0),
+        ("GRU", 3, "bidirectional", 0),
+        ("RNN", 1, "reverse", 1),
+        ("DynamicQuantizeLSTM", 4, "bidirectional", 0),
+    ],
+)
+def test_recurrent_layers_are_a_product_of_inputs_and_one_of_the_state_a_step(
+    tmp_path, operator, gates, direction, layout
+):
+    ways = 2 if direction == "bidirectional" else 1
+    kernels = [tensor("w", ways, gates * 5, 6), tensor("r", ways, gates * 5, 5)]
+    options = {"hidden_size": 5, "direction": direction}
+    domains = ["com.microsoft"] if "Quantize" in operator else []
+    if not domains:
+        options["layout"] = layout
+    node = helper.make_node(
+        operator, ["x", "w", "r"], ["y"], "r", domain="".join(domains), **options
+    )
+    x = (7, 2, 6) if layout == 0 else (2, 7, 6)  # seven steps of two examples
+    path = write(tmp_path, [node], {"x": x}, (7, ways, 2, 5), kernels, domains=domains)
+    network = hwmodel.read_onnx(path)
+    first, *rest = ((layer.kind, layer.K, layer.P, layer.M) for layer in network)
+    assert first == ("dense", 6, 14, ways * gates * 5)
+    assert rest == 7 * ways * [("dense", 5, 2, gates * 5)]
+    assert network.names[:3] == ("r.input", "r.recurrent", "r.recurrent@2")
+
+
+@pytest.mark.parametrize(
+    ("equation", "inputs", "expected"),
+    [
+        ("bik,kj->bij", ["x", "w"], ("dense", 6, 10, 7, 1)),
+        ("kj,bik->bij", ["w", "x"], ("dense", 6, 10, 7, 1)),
+        ("bik,kj", ["x", "w"], ("dense", 6, 10, 7, 1)),  # letters of the result in their order
+        ("bik,bjk->bij", ["x", "x"], ("matmul", 6, 5, 5, 2)),
+    ],
+)
+def test_einsums_of_two_operands(tmp_path, equation, inputs, expected):
+    node = helper.make_node("Einsum", inputs, ["y"], "e", equation=equation)
+    path = write(tmp_path, [node], {"x": (2, 5, 6)}, (2, 5, None), [tensor("w", 6, 7)])
+    assert described(path) == expected
+
+
+def test_an_einsum_of_three_operands_is_refused_by_name(tmp_path):
+    node = helper.make_node("Einsum", ["x", "w", "w"], ["y"], "e", equation="ik,kj,kj->ij")
+    path = write(tmp_path, [node], {"x": (5, 6)}, (5, 7), [tensor("w", 6, 7)])
+    with pytest.raises(ValueError, match="e: an Einsum of 3 operands"):
         hwmodel.read_onnx(path)
 
 
@@ -99,91 +199,6 @@ def test_a_broken_file_is_a_value_error(tmp_path):
         hwmodel.read_onnx(path)
     with pytest.raises(FileNotFoundError):
         hwmodel.read_onnx(tmp_path / "none.onnx")
-
-
-def open_network(path):
-    """A product of a shape that the graph computes, of inputs whose extents are open."""
-    nodes = [
-        helper.make_node("Shape", ["x"], ["s"], start=1),
-        helper.make_node("ReduceProd", ["s", "axis"], ["rest"], keepdims=1),
-        helper.make_node("Concat", ["batch", "rest"], ["both"], axis=0),
-        helper.make_node("Reshape", ["x", "both"], ["f"]),
-        helper.make_node("MatMul", ["f", "w"], ["y"], "fc"),
-    ]
-    integers = [helper.make_tensor(n, onnx.TensorProto.INT64, [1], [v]) for n, v in
-                (("axis", 0), ("batch", -1))]  # fmt: skip
-    shapes = {"x": ("batch", 2, "width")}
-    return write(path, nodes, shapes, ("batch", 5), [tensor("w", 12, 5), *integers])
-
-
-def test_open_extents_are_given_as_shapes(tmp_path):
-    path = open_network(tmp_path)
-    with pytest.raises(ValueError, match=r"open: x \(batch, 2, width\); give them as shapes="):
-        hwmodel.read_onnx(path)
-    with pytest.raises(ValueError, match=r"no such inputs: z; it has x"):
-        hwmodel.read_onnx(path, shapes={"z": (1,)})
-    for wrong in [(3, 2), (3, 2, 0)]:
-        with pytest.raises(ValueError, match="'x' must be 3 positive extents"):
-            hwmodel.read_onnx(path, shapes={"x": wrong})
-    with pytest.raises(ValueError, match=r"net\.onnx: "):  # 2 · 7 inputs for 12 rows of weights
-        hwmodel.read_onnx(path, shapes={"x": (3, 2, 7)})
-
-
-def test_shapes_that_the_graph_computes_are_observed(tmp_path):
-    pytest.importorskip("onnxruntime")
-    (layer,) = hwmodel.read_onnx(open_network(tmp_path), shapes={"x": (3, 2, 6)})
-    assert (layer.name, layer.kind, layer.K, layer.P, layer.M) == ("fc", "dense", 12, 3, 5)
-
-
-def test_shapes_replace_those_of_the_file(tmp_path):
-    node = helper.make_node("Conv", ["x", "w"], ["y"], "c", pads=[1, 1])
-    path = write(tmp_path, [node], {"x": (1, 3, 8)}, (1, 4, 8), [tensor("w", 4, 3, 3)])
-    (layer,) = hwmodel.read_onnx(path, shapes={"x": (2, 3, 16)})
-    assert (layer.batch, layer.out_size) == (2, (16,))
-
-
-@pytest.mark.parametrize(("operator", "gates"), [("RNN", 1), ("GRU", 3), ("LSTM", 4)])
-@pytest.mark.parametrize("layout", [0, 1])
-def test_recurrent_layers_are_products_of_input_and_state(tmp_path, operator, gates, layout):
-    node = helper.make_node(
-        operator, ["x", "w", "r"], ["y"], "rnn",
-        hidden_size=5, direction="bidirectional", layout=layout,
-    )  # fmt: skip
-    steps, batch = 3, 2
-    weights = [tensor("w", 2, gates * 5, 7), tensor("r", 2, gates * 5, 5)]
-    shape, out = ((steps, batch, 7), (steps, 2, batch, 5))
-    if layout:
-        shape, out = (batch, steps, 7), (batch, steps, 2, 5)
-    network = hwmodel.read_onnx(write(tmp_path, [node], {"x": shape}, out, weights))
-    assert network.names[:3] == ("rnn.input", "rnn.state", "rnn.state@2")
-    (first, *others) = [(layer.K, layer.P, layer.M) for layer in network]
-    assert first == (7, steps * batch, 2 * gates * 5)
-    assert others == 2 * steps * [(5, batch, gates * 5)]
-
-
-def test_layers_in_branches_are_refused(tmp_path):
-    product = helper.make_node("MatMul", ["x", "w"], ["z"], "inner")
-    branch = helper.make_graph(
-        [product], "b", [], [helper.make_tensor_value_info("z", FLOAT, (2, 4))]
-    )
-    node = helper.make_node("If", ["c"], ["y"], "choice", then_branch=branch, else_branch=branch)
-    true = helper.make_tensor("c", onnx.TensorProto.BOOL, [], [True])
-    path = write(tmp_path, [node], {"x": (2, 3)}, (2, 4), [tensor("w", 3, 4), true])
-    with pytest.raises(ValueError, match=r"not modelled: choice \(If\)"):
-        hwmodel.read_onnx(path)
-
-
-@pytest.mark.parametrize(
-    ("node", "message"),
-    [
-        (helper.make_node("MatMul", ["x"], ["y"], "m"), r"m \(MatMul\): it needs two operands"),
-        (helper.make_node("Conv", ["x", "w"], ["y"], pads=[1]), "not a valid ONNX model.*pads"),
-    ],
-)
-def test_a_damaged_node_is_named(tmp_path, node, message):
-    path = write(tmp_path, [node], {"x": (1, 3, 8)}, (1, 4, 8), [tensor("w", 4, 3, 3)])
-    with pytest.raises(ValueError, match=message):
-        hwmodel.read_onnx(path)
 
 
 def test_onnx_graphs_become_networks(tmp_path):
