@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker("slow")
     # Processes take file after file: the longest ones first, so that all processes end together.
     if hasattr(config, "workerinput"):
-        names = {function(item.nodeid) for item in items}
+        names = dict.fromkeys(function(item.nodeid) for item in items)  # alike in all processes
         files = Counter()
         for name in names:
             files[name.partition("::")[0]] += SECONDS.get(name, 0)
