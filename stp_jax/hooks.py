@@ -196,10 +196,47 @@ class Hooks:
     # The product of the promoted operands: (input, kernel, *args, **kwargs) → output without bias.
     # An einsum's is called with its equation first.
     product: Wrap | None = None
+    # The product of an embedding, `attend`, which has no attribute to replace: (layer, query,
+    # table) → table, of the promoted operands, directly before they are multiplied.
+    attend: Callable[[KernelLayer, jax.Array, jax.Array], jax.Array] | None = None
     # Of attention modules: (path, attention_fn) → attention_fn.
     attention: Callable[[str, Callable], Callable | None] | None = None
     # Called with the path and the input of every BatchNorm that runs.
     batch_norm_input: Callable[[str, jax.Array], None] | None = None
+
+
+class _Attending(nnx.Module):
+    """A `promote_dtype` of an embedding that shows the operands of `attend`.
+
+    A module, as is a quantizer whose place it may take, so that this one's variables stay the
+    model's.
+    """
+
+    def __init__(self, promote: Callable, attend: Callable):
+        self.promote = nnx.data(promote) if isinstance(promote, nnx.Module) else nnx.static(promote)
+        self.attend = nnx.static(attend)
+
+    def __call__(self, operands: Operands, **options: Any) -> Operands:
+        """Promotes (query, table), or the table alone, which is read by index."""
+        promoted = self.promote(operands, **options)
+        if len(promoted) == 1:
+            return promoted
+        query, table = promoted
+        return query, self.attend(query, table)
+
+
+def _operand_wraps(hooks: Hooks) -> Iterator[Wrap]:
+    """What takes the place of `promote_dtype`, the first innermost."""
+    if hooks.operands is not None:
+        yield hooks.operands
+    attend = hooks.attend
+    if attend is not None:
+
+        def attending(layer: KernelLayer, promote: Callable) -> Callable | None:
+            show = functools.partial(attend, layer)
+            return _Attending(promote, show) if layer.is_table else None
+
+        yield attending
 
 
 class _Replacement:
@@ -232,8 +269,9 @@ def attach(model: Model, hooks: Hooks) -> Model:
 
 def _attach_nnx(path: str, module: Any, hooks: Hooks) -> None:
     layer = _describe_nnx(path, module)
-    if layer is not None and hooks.operands is not None:
-        _set_nnx(module, "promote_dtype", hooks.operands(layer, module.promote_dtype))
+    if layer is not None:
+        for wrap in _operand_wraps(hooks):
+            _set_nnx(module, "promote_dtype", wrap(layer, module.promote_dtype))
     if layer is not None and hooks.product is not None and layer.product is not None:
         _set_nnx(module, *_wrapped_product(layer, [hooks.product]))
     attention = getattr(module, "attention_fn", None)
@@ -360,7 +398,7 @@ class _Interceptor:
         self, path: str, module: Any, layer: KernelLayer | None
     ) -> Iterator[tuple[str, Callable]]:
         """The attributes to change while the module runs."""
-        if layer is not None and (wraps := self._all("operands")):
+        if layer is not None and (wraps := [w for h in self.hooks for w in _operand_wraps(h)]):
             yield from _wrapped_linen_operands(layer, wraps)
         if layer is not None and layer.product is not None and (wraps := self._all("product")):
             name, new = _wrapped_product(layer, wraps)

@@ -161,3 +161,42 @@ def test_patches_times_kernel_is_the_convolution(padding):
         patches = hooks.conv_patches(X, kernel, (2, 1), padding, **options)
         found = patches.reshape(len(patches), -1) @ kernel.reshape(-1, 5)
     np.testing.assert_allclose(found.reshape(expected.shape), expected, rtol=1e-5, atol=1e-5)
+
+
+class NNXTied(nnx.Module):
+    def __init__(self):
+        self.embed = nnx.Embed(6, 4, rngs=nnx.Rngs(0))
+
+    def __call__(self, tokens):
+        return self.embed.attend(self.embed(tokens))
+
+
+class LinenTied(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(6, 4, name="embed")
+        return embed.attend(embed(tokens))
+
+
+@pytest.mark.parametrize("api", ["nnx", "linen"])
+def test_embeddings_show_the_operands_of_their_product(api):
+    tokens = jnp.arange(6)
+    if api == "nnx":
+        model = NNXTied()
+        table = model.embed.embedding[...]
+    else:
+        variables = LinenTied().init(jax.random.key(0), tokens)
+        model = LinenModel(LinenTied(), variables)
+        table = variables["params"]["embed"]["embedding"]
+    seen = []
+
+    def attend(layer, query, shown):
+        seen.append((layer.path, query, shown))
+        return 2.0 * shown
+
+    found = hooks.attach(model, Hooks(attend=attend))(tokens)
+    ((path, query, shown),) = seen
+    assert path == "embed"
+    np.testing.assert_array_equal(query, table)  # tokens in order are the whole table
+    np.testing.assert_array_equal(shown, table)
+    np.testing.assert_allclose(found, 2.0 * model(tokens), rtol=1e-6)

@@ -60,20 +60,12 @@ def observing(observer: Observer) -> Hooks:
       ValueError: a transposed convolution, which is not modelled.
     """
 
-    def operands(layer: KernelLayer, promote: Callable) -> Callable | None:
+    def refuse_transposed(layer: KernelLayer, _: Callable) -> None:
         if layer.kind == "conv_transpose":
             raise ValueError(f"{_name(layer.path)}: transposed convolutions are not modelled")
-        if not layer.is_table:
-            return None
 
-        def promoted(operands: tuple[Any, ...], **options: Any) -> tuple[Any, ...]:
-            found = promote(operands, **options)
-            if len(found) != 2:  # rows are looked up
-                return found
-            query, table = found  # of `attend`
-            return query, observer.table(_name(layer.path), query, table)
-
-        return promoted
+    def attend(layer: KernelLayer, query: jax.Array, table: jax.Array) -> jax.Array:
+        return observer.table(_name(layer.path), query, table)
 
     def product(layer: KernelLayer, function: Callable) -> Callable | None:
         assert layer.product is not None
@@ -85,7 +77,7 @@ def observing(observer: Observer) -> Hooks:
             return None
         return _attention(function, _name(path), observer)
 
-    return Hooks(operands=operands, product=product, attention=attention)
+    return Hooks(operands=refuse_transposed, product=product, attention=attention, attend=attend)
 
 
 def linen_einsums(observer: Observer) -> contextlib.AbstractContextManager[None]:

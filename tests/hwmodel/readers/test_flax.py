@@ -145,6 +145,13 @@ def test_an_embedding_is_a_layer_where_it_is_multiplied(model):
     assert quantized.layers == network.layers
 
 
+def test_an_abstract_model_with_a_quantized_embedding_is_traced():
+    rule = stp_jax.Rule(path=".*", budget=6, activations="dynamic", embeddings=True)
+    policy, tokens = stp_jax.Policy([rule]), jax.ShapeDtypeStruct((2, 5), jnp.int32)
+    abstract = nnx.eval_shape(lambda: stp_jax.quantize(Tied(nnx.Rngs(0)), policy))
+    assert hwmodel.trace(abstract, tokens).names == ("embed",)
+
+
 def test_an_embedding_is_named_inside_of_loops_branches_and_jit():
     network = hwmodel.trace(TiedInLoops(nnx.Rngs(0)), jnp.zeros((2, 5), jnp.int32))
     layer = (8, 10, 12, 1)
