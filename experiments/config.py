@@ -101,6 +101,7 @@ class Config:
     method: Method = "optimal"
     weight_bits: int = 8  # of the layers with budgets
     activation_bits: int = 8
+    embeddings: bool = False  # budgets also for embedding tables that are the last layer (tied)
     guidance: float = 0.05  # fraction of the way to few-term values per step, at its peak
     compensate: bool = False  # error-compensated (GPTQ-style) projection
     bn_batches: int = 30  # to re-estimate BatchNorm statistics after each stage
@@ -203,6 +204,11 @@ def _check(c: Config) -> None:
         )
     if c.budget is not None and c.budgets is not None:
         raise ConfigError("budget and budgets exclude each other; set one of them")
+    if c.embeddings and (c.check_integers or c.integer_network):
+        raise ConfigError(
+            "embedding tables have no integer form; embeddings=true needs check_integers=false and "
+            "integer_network=false"
+        )
     try:
         re.compile(c.int8_layers or "")
     except re.error as error:

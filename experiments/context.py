@@ -18,7 +18,7 @@ from rich.console import Console
 import stp_jax
 from experiments.config import Config, ConfigError
 from experiments.runtime import sharding
-from stp_jax import data, export, models
+from stp_jax import data, export, hooks, hwmodel, models
 
 _CALIBRATION_SEED = 0  # not the run's: runs that differ in their seed calibrate alike
 
@@ -191,9 +191,25 @@ def check_model(context: Context) -> None:
         policy.check(layers)
     except ValueError as error:
         raise ConfigError(f"int8_layers={config.int8_layers}: {error}") from error
+    if config.embeddings:
+        _check_embeddings(config, abstract, example)
     if config.budgets is not None:
-        kernels = nnx.eval_shape(lambda model: _kernels(stp_jax.quantize(model, policy)), abstract)
-        read_budgets(config, {path: kernel.shape[-1] for path, kernel in kernels.items()})
+        found: dict[str, int] = {}
+        nnx.eval_shape(lambda m: found.update(filters(stp_jax.quantize(m, policy))), abstract)
+        read_budgets(config, found)
+
+
+def _check_embeddings(config: Config, model: nnx.Module, example: jax.ShapeDtypeStruct) -> None:
+    """Raises ConfigError unless every embedding table is also a layer."""
+    tables = [path for path, layer in hooks.kernel_layers(model).items() if layer.is_table]
+    layers = hwmodel.trace(model, example).names
+    unused = [path for path in tables if path not in layers]
+    if unused or not tables:
+        reason = f"{unused[0]} is read by index only" if unused else "it has none"
+        raise ConfigError(
+            f"embeddings=true needs a model whose embedding is its last layer, {config.model} is "
+            f"none: {reason}"
+        )
 
 
 def make_policy(config: Config, model: nnx.Module) -> stp_jax.Policy:
@@ -207,18 +223,15 @@ def make_policy(config: Config, model: nnx.Module) -> stp_jax.Policy:
         weight_bits=config.weight_bits,
         activation_bits=config.activation_bits,
         power_of_two_scales=config.integer_network,
+        embeddings=config.embeddings,
         exempt=config.int8_layers,
     )
 
 
 def filters(model: nnx.Module) -> dict[str, int]:
     """The number of filters of each layer with a budget rule."""
-    return {path: kernel.shape[-1] for path, kernel in _kernels(model).items()}
-
-
-def _kernels(model: nnx.Module) -> dict[str, jax.Array]:
     layers = stp_jax.quantized_layers(model)
-    return {path: layer.kernel for path, layer in layers.items() if layer.rule.budget is not None}
+    return {path: la.filter_count for path, la in layers.items() if la.rule.budget is not None}
 
 
 def read_budgets(config: Config, layers: Mapping[str, int]) -> dict[str, Any]:

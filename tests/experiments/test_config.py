@@ -114,6 +114,12 @@ def test_both_kinds_of_budget_exclude_each_other(tmp_path):
         override(Config(), ["budget=6", f"budgets={path}"])
 
 
+def test_embedding_tables_have_no_integers_to_check():
+    with pytest.raises(ConfigError, match="embeddings=true needs check_integers=false"):
+        override(Config(), ["embeddings=true"])
+    assert override(Config(), ["embeddings=true", "check_integers=false"]).embeddings
+
+
 def test_unknown_experiments_are_named():
     with pytest.raises(ConfigError, match="did you mean stp_resnet18"):
         configs.load("stp_resnet_18")

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from experiments.config import Config
-from experiments.context import make_context
+from experiments.config import Config, ConfigError
+from experiments.context import check_model, make_context
 from stp_jax import data
 
 
@@ -63,3 +63,12 @@ def test_few_examples_are_all_used(sorted_folder, tmp_path):
     )
     batches = context.calibration_batches()
     assert sum(int(np.asarray(batch["mask"]).sum()) for batch in batches) == 144
+
+
+def test_only_tied_embeddings_get_budgets(tmp_path):
+    text = {"data": "python_docs", "embeddings": True, "check_integers": False}
+    check_model(make(tmp_path, model="decoder_lm", **text))
+    with pytest.raises(ConfigError, match="lstm_lm is none: encoder is read by index only"):
+        check_model(make(tmp_path, model="lstm_lm", **text))
+    with pytest.raises(ConfigError, match="resnet20 is none: it has none"):
+        check_model(make(tmp_path, model="resnet20", embeddings=True, check_integers=False))
