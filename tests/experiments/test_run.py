@@ -342,7 +342,7 @@ def shown_help(capsys, *arguments):
 
 
 def test_help_describes_the_keys_of_the_experiment(capsys):
-    assert "retrain_epochs=6.0" in shown_help(capsys, "--help")
+    assert "retrain_epochs=8.0" in shown_help(capsys, "--help")
     shown = shown_help(capsys, "--exp=stp_mlp", "--help", "regularization")
     assert "distill=0.5" in shown and "weight of the float model's soft labels" in shown
     shown = shown_help(capsys, "--help", "--exp=hw_compare")
