@@ -128,9 +128,12 @@ def _node(node: Any, values: Values) -> list[Layer]:
     if node.op_type == "If":
         return _branch(node, values)
     if subgraphs := values.subgraphs(node):
-        inside = [f"{_name(n)} ({n.op_type})" for n in _nodes(subgraphs) if n.op_type in _READ]
-        if inside:
-            raise ValueError(f"{name}: layers in a {node.op_type} are not read: {inside[0]}")
+        for inner in _nodes(subgraphs):
+            if inner.op_type in _READ or inner.op_type in _REFUSED or inner.domain:
+                raise ValueError(
+                    f"{name}: layers in a {node.op_type} are not read: {_name(inner)} "
+                    f"({inner.op_type})"
+                )
         values.leave_unknown(node, name)
         return []
     if node.op_type == "DynamicQuantizeLSTM":

@@ -7,6 +7,7 @@ computes those that are small and follow from known values, which the next nodes
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-import onnx.external_data_helper
-import onnx.reference
-from onnx import numpy_helper
+
+with contextlib.suppress(ImportError):  # an extra, for which `read_onnx` asks
+    import onnx
+    import onnx.external_data_helper
+    import onnx.reference
 
 # Sizes, axes and positions are short; what is longer only costs time.
 _MAX_ELEMENTS = 4096
@@ -117,7 +119,7 @@ class Values:
                 onnx.external_data_helper.load_external_data_for_tensor(tensor, str(self.folder))
             except (OSError, onnx.checker.ValidationError):
                 return  # its shape is known
-        self.known[tensor.name] = numpy_helper.to_array(tensor)
+        self.known[tensor.name] = onnx.numpy_helper.to_array(tensor)
 
     def infer(self, node: onnx.NodeProto, name: str) -> None:
         """Adds a node's outputs.
@@ -130,8 +132,9 @@ class Values:
           ValueError: the operator is unknown in its opset, or the inputs do not fit it.
         """
         given = [tensor for tensor in node.input if tensor]
+        schema = self._schema(node, name)
         if all(tensor in self.types for tensor in given):
-            self.types.update(self._inferred(node, name, given))
+            self.types.update(self._inferred(schema, node, name, given))
         if node.op_type not in _RANDOM and self.constant.issuperset(given):
             self.constant.update(node.output)
         self._compute(node, given)
@@ -197,23 +200,28 @@ class Values:
         new.input.extend([node.input[0]] * 3)
         return new
 
-    def _inferred(
-        self, node: onnx.NodeProto, name: str, given: Sequence[str]
-    ) -> dict[str, onnx.TypeProto]:
+    def _schema(self, node: onnx.NodeProto, name: str) -> onnx.defs.OpSchema:
+        domain = "" if node.domain == "ai.onnx" else node.domain
         try:
-            schema = onnx.defs.get_schema(node.op_type, self.opsets[node.domain], node.domain)
+            return onnx.defs.get_schema(node.op_type, self.opsets[domain], domain)
+        except (KeyError, onnx.defs.SchemaError) as error:
+            operator = f"{node.op_type} of {domain}" if domain else node.op_type
+            raise ValueError(
+                f"{name}: operator {operator} is not known, nor is what it multiplies"
+            ) from error
+
+    def _inferred(
+        self, schema: onnx.defs.OpSchema, node: onnx.NodeProto, name: str, given: Sequence[str]
+    ) -> dict[str, onnx.TypeProto]:
+        known = {t: self.known[t] for t in given if t in self.known}
+        try:
             return onnx.shape_inference.infer_node_outputs(
                 schema,
                 node,
                 {tensor: self.types[tensor] for tensor in given},
-                {t: numpy_helper.from_array(self.known[t], t) for t in given if t in self.known},
+                {t: onnx.numpy_helper.from_array(value, t) for t, value in known.items()},
                 opset_imports=[onnx.helper.make_opsetid(*opset) for opset in self.opsets.items()],
             )
-        except (KeyError, onnx.defs.SchemaError) as error:
-            domain = f" of {node.domain}" if node.domain else ""
-            raise ValueError(
-                f"{name}: operator {node.op_type}{domain} is not known, nor is what it multiplies"
-            ) from error
         except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
             shapes = {tensor: self.shape(tensor) for tensor in given}
             raise ValueError(

@@ -152,6 +152,22 @@ def test_layers_in_loops_are_refused_and_loops_without_are_none(tmp_path):
     assert hwmodel.read_onnx(path).names == ("m",)
 
 
+def test_unknown_operators_are_refused_in_loops_and_behind_them(tmp_path):
+    constants = [integers("three", 3), tensor("s", 4), tensor("w", 4, 4), tensor("v", 6, 7)]
+    rest = node("MatMul", ["x", "v"], ["y"], "m")
+    fused = {"domain": "com.microsoft"}
+    inside = loop([node("FusedMatMul", ["in", "w"], ["out"], "inner", **fused)])
+    behind = node("FusedMatMul", ["last", "w"], ["t"], "behind", **fused)
+    relu = loop([node("Relu", ["in"], ["out"])])
+    for nodes, message in (
+        ([inside, rest], r"layers in a Loop are not read: inner \(FusedMatMul\)"),
+        ([relu, behind, rest], "behind: operator FusedMatMul of com"),
+    ):
+        path = write(tmp_path, nodes, {"x": (5, 6)}, None, constants, domains=["com.microsoft"])
+        with pytest.raises(ValueError, match=message):
+            hwmodel.read_onnx(path)
+
+
 def test_functions_are_inlined(tmp_path):
     body = [node("MatMul", ["a", "b"], ["c"], "inner")]
     opset = [helper.make_opsetid("", 21)]
