@@ -32,6 +32,8 @@ _REFUSED = frozenset(
     }
 )
 _GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+# What a node without the inputs or attributes that it must have leads to.
+_DAMAGE = (AttributeError, IndexError, KeyError, TypeError, ZeroDivisionError)
 
 
 def read_onnx(
@@ -115,7 +117,10 @@ def _graph(graph: Any, values: Values) -> list[Layer]:
     values.add_initializers(graph)
     layers: list[Layer] = []
     for node in graph.node:
-        layers += _node(node, values)
+        try:
+            layers += _node(node, values)
+        except _DAMAGE as error:
+            raise ValueError(f"{_name(node)} ({node.op_type}) is damaged: {error!r}") from error
     return layers
 
 

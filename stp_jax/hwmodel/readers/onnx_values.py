@@ -119,7 +119,10 @@ class Values:
                 onnx.external_data_helper.load_external_data_for_tensor(tensor, str(self.folder))
             except (OSError, onnx.checker.ValidationError):
                 return  # its shape is known
-        self.known[tensor.name] = onnx.numpy_helper.to_array(tensor)
+        try:
+            self.known[tensor.name] = onnx.numpy_helper.to_array(tensor)
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"the constant {tensor.name!r} is damaged: {error}") from error
 
     def infer(self, node: onnx.NodeProto, name: str) -> None:
         """Adds a node's outputs.
@@ -204,7 +207,7 @@ class Values:
         domain = "" if node.domain == "ai.onnx" else node.domain
         try:
             return onnx.defs.get_schema(node.op_type, self.opsets[domain], domain)
-        except (KeyError, onnx.defs.SchemaError) as error:
+        except (KeyError, TypeError, onnx.defs.SchemaError) as error:
             operator = f"{node.op_type} of {domain}" if domain else node.op_type
             raise ValueError(
                 f"{name}: operator {operator} is not known, nor is what it multiplies"

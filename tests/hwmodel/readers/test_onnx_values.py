@@ -212,3 +212,34 @@ def test_sizes_in_another_file_are_read(tmp_path):
     (tmp_path / "sizes.bin").unlink()
     with pytest.raises(ValueError, match="the shape of 'r' is not known"):
         hwmodel.read_onnx(path)
+
+
+@pytest.mark.parametrize("kind", [0, 64])
+def test_a_constant_of_no_type_is_named(tmp_path, kind):
+    damaged = tensor("w", 3, 4)
+    damaged.data_type = kind
+    path = write(
+        tmp_path, [node("MatMul", ["x", "w"], ["y"], "m")], {"x": (2, 3)}, (2, 4), [damaged]
+    )
+    with pytest.raises(ValueError, match=r"net\.onnx: the constant 'w' is damaged"):
+        hwmodel.read_onnx(path)
+
+
+def test_a_version_that_no_opset_has_is_refused(tmp_path):
+    path = write(tmp_path, [node("Relu", ["x"], ["y"], "r")], {"x": (2, 3)}, (2, 3))
+    model = onnx.load(str(path))
+    model.opset_import[0].version = 1 << 40
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match="r: operator Relu is not known"):
+        hwmodel.read_onnx(path)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [node("MatMul", ["x"], ["y"], "m"), node("If", [], ["y"], "m"), node("Shape", [], ["y"], "m")],
+    ids=["product", "branch", "shape"],
+)
+def test_a_node_without_its_inputs_is_named(tmp_path, damaged):
+    path = write(tmp_path, [damaged], {"x": (2, 3)}, (2, 4))
+    with pytest.raises(ValueError, match=r"net\.onnx: m"):
+        hwmodel.read_onnx(path)
