@@ -6,7 +6,7 @@
 
 A reader may return, or raise ValueError, FileNotFoundError or ImportError with a message of its
 own. Anything else is a finding: another exception, a file that takes longer than ten seconds, or
-memory above 2 GB. Containers (ZIP, tar, safetensors) are made around the bytes that are searched,
+2 GB more memory. Containers (ZIP, tar, safetensors) are made around the bytes that are searched,
 so that the search reaches the content. Findings are listed by where they were raised, and the
 shortest input of each is kept under ``--out``.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -63,6 +64,7 @@ def _file(name: str, data: bytes, folder: Path) -> Path:
 # --- Models ---------------------------------------------------------------------------------------
 
 
+@functools.cache
 def _mlp():
     from flax import nnx
 
@@ -71,6 +73,7 @@ def _mlp():
     return models.create("mlp", num_classes=3, rngs=nnx.Rngs(0), in_features=4)
 
 
+@functools.cache
 def _packed(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     import stp_jax
     from stp_jax.export import save_packed, variables
@@ -87,19 +90,12 @@ def _read_packed_header(data: bytes, folder: Path) -> None:
 
     from stp_jax.export import load_integers, load_packed
 
-    kept = _read_packed_header.__dict__
-    if not kept:
-        kept["tensors"], kept["model"] = _packed(folder)[0], _mlp()
     path = folder / "header.safetensors"
     metadata = {"stp_jax.packed_terms": data.decode(errors="replace")}
-    save_file(kept["tensors"], path, metadata)
-    _first_refusal(lambda: load_integers(path), lambda: load_packed(kept["model"], path))
-
-
-def _first_refusal(*calls: Callable[[], Any]) -> None:
-    for call in calls:
-        with contextlib.suppress(REFUSALS):
-            call()
+    save_file(_packed(folder)[0], path, metadata)
+    with contextlib.suppress(REFUSALS):
+        load_integers(path)
+    load_packed(_mlp(), path)
 
 
 def _read_packed(data: bytes, folder: Path) -> None:
@@ -115,7 +111,6 @@ def _packed_file(folder: Path) -> list[bytes]:
 
 def _torch_seeds(folder: Path) -> list[bytes]:
     """A pickle as PyTorch writes one: a dictionary with one tensor."""
-    storage = pickle.PERSID
     head = b"\x80\x02}q\x00X\x01\x00\x00\x00wq\x01ctorch._utils\n_rebuild_tensor_v2\nq\x02((X\x07"
     storage = b"\x00\x00\x00storageq\x03ctorch\nFloatStorage\nq\x04X\x01\x00\x00\x000q\x05X\x03"
     rest = b"\x00\x00\x00cpuq\x06K\x04tq\x07QK\x00K\x02K\x02\x86q\x08K\x02K\x01\x86q\x09\x89"
@@ -245,11 +240,11 @@ InterfaceBandwidth: USER
 # --- Data and configurations ----------------------------------------------------------------------
 
 
-def _image(size: tuple[int, int] = (6, 5), kind: str = "PNG") -> bytes:
+def _image(kind: str = "PNG") -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    pixels = np.arange(size[0] * size[1] * 3, dtype=np.uint8).reshape(size[1], size[0], 3)
+    pixels = np.arange(90, dtype=np.uint8).reshape(5, 6, 3)
     Image.fromarray(pixels).save(buffer, kind)
     return buffer.getvalue()
 
@@ -339,9 +334,9 @@ TARGETS = {
     "scalesim-config": Target(_read_scalesim_config, lambda _: [_CONFIG]),
     "technology-json": Target(_technology("json"), lambda _: [json.dumps(_JSON_TABLE).encode()]),
     "technology-toml": Target(_technology("toml"), lambda _: [_TOML_TABLE]),
-    "image-folder": Target(_read_folder, lambda _: [_image(), _image(kind="JPEG")]),
+    "image-folder": Target(_read_folder, lambda _: [_image(), _image("JPEG")]),
     "labels": Target(_read_labels, lambda _: [b"file,class_index\n0.png,3\n"]),
-    "labelled-image": Target(_read_labelled_image, lambda _: [_image(), _image(kind="JPEG")]),
+    "labelled-image": Target(_read_labelled_image, lambda _: [_image(), _image("JPEG")]),
     "labelled-tar": Target(_read_tar, _tar_seeds),
     "budgets": Target(_read_budgets, lambda _: [b'{"fc": 3}', b'{"fc": [1, 2, 3]}']),
     "run": Target(_read_run, lambda _: [_RUN]),
@@ -375,15 +370,14 @@ class Findings:
         own = [f for f in here if "/stp_jax/" in f.filename or "/experiments/" in f.filename]
         frame = (own or here)[-1]
         place = f"{Path(frame.filename).name}:{frame.lineno} {type(error).__name__}"
-        count, shortest = self._seen.get(place, (0, None))
-        if shortest is None or len(data) < len(shortest):
+        count, shortest = self._seen.get(place, (0, data))
+        if count == 0 or len(data) < len(shortest):
             shortest = data
-            (self._out / f"{place.replace(' ', '-').replace(':', '-')}").write_bytes(data)
-            (self._out / "findings.json").write_text(json.dumps(self.table(), indent=1))
+            (self._out / place.replace(" ", "-").replace(":", "-")).write_bytes(data)
         self._seen[place] = (count + 1, shortest)
-        message = f"{place}: {str(error)[:100]!r}"
+        (self._out / "findings.json").write_text(json.dumps(self.table(), indent=1))
         if count == 0:
-            print(f"  {message}", flush=True)
+            print(f"  {place}: {str(error)[:100]!r}", flush=True)
 
     def table(self) -> dict[str, int]:
         """How often by place."""
@@ -406,9 +400,8 @@ def fuzz(name: str, seconds: int, out: Path) -> None:
             target.read(seed, folder)
         _file(str(number), seed, corpus)
     signal.signal(signal.SIGALRM, _too_slow)
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + max(0, MEMORY_BYTES - used) + MEMORY_BYTES,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY_BYTES,) * 2)
 
     def one(data: bytes) -> None:
         signal.alarm(SLOW_S)

@@ -40,10 +40,10 @@ def _reader(path: Path) -> Callable[[str], bytes]:
         raise ConfigError(f"data_dir={path}: there is no such folder or tar file")
     try:
         with tarfile.open(path) as archive:
-            members = [member for member in archive if member.isfile()]
             files = {
                 member.name.removeprefix("./"): archive.extractfile(member).read()  # type: ignore[union-attr]
-                for member in members
+                for member in archive
+                if member.isfile()
             }
     except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:
         raise ConfigError(f"data_dir={path} is no tar file, or is damaged: {error!r}") from error

@@ -22,11 +22,17 @@ class LoadedRun(NamedTuple):
     results: dict[str, Any]  # of results.json
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
+    """A JSON file of a run, such as results.json.
+
+    Raises:
+      OSError: it cannot be read.
+      ConfigError: it is no JSON, or holds no table.
+    """
     try:
         content = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is damaged: {error}") from error
+        raise ConfigError(f"{path} is damaged: it is no JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is damaged: it holds no table")
     return content
@@ -48,8 +54,8 @@ def load_run(workdir: str | Path) -> LoadedRun:
     if missing:
         absent = " and no ".join(missing)
         raise ConfigError(f"{workdir} holds no finished run: there is no {absent}")
-    results = _read(workdir / "results.json")
-    stored: Any = _read(workdir / "config.json").get("config")
+    results = read_record(workdir / "results.json")
+    stored: Any = read_record(workdir / "config.json").get("config")
     if not (workdir / "model.safetensors").is_file():
         raise ConfigError(f"{workdir} holds results of {results.get('experiment')}, but no model")
     try:

@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import functools
 import importlib.metadata
-import json
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from rich.console import Console
 import stp_jax
 from experiments.config import ConfigError
 from experiments.context import Context
+from experiments.load import read_record
 from experiments.runtime.log import write_json
 from experiments.stages import Outcome, plain
 from stp_jax import export, hwmodel
@@ -306,11 +306,9 @@ def differing_keys(runs: dict[str, dict[str, Any]]) -> pd.DataFrame:
 def _read(folder: str) -> dict[str, Any]:
     path = Path(folder) / "results.json"
     try:
-        results = json.loads(path.read_text())
+        results = read_record(path)
     except OSError as error:
         raise ConfigError(f"{folder} holds no finished run: {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON: {error}") from error
     if "terms_per_weight" not in results:
         raise ConfigError(f"{folder} holds results of {results.get('experiment')}, no training run")
     return results

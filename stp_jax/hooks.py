@@ -212,9 +212,12 @@ class _Attending(nnx.Module):
     model's.
     """
 
+    promote: Callable
+    attend: Callable
+
     def __init__(self, promote: Callable, attend: Callable):
-        self.promote = nnx.data(promote) if isinstance(promote, nnx.Module) else nnx.static(promote)
-        self.attend = nnx.static(attend)
+        _set_nnx(self, "promote", promote)
+        _set_nnx(self, "attend", attend)
 
     def __call__(self, operands: Operands, **options: Any) -> Operands:
         """Promotes (query, table), or the table alone, which is read by index."""

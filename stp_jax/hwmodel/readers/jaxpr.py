@@ -59,6 +59,7 @@ class _Walk:
         """A layer stands where its result is marked, after its weights."""
         if (table := self._marks.table_at(eqn)) is not None:
             self._tables[eqn.outvars[0]] = table
+            return []
         found = self._marks.on_equation(eqn)
         if found is None:
             return []
@@ -72,13 +73,17 @@ class _Walk:
             copies = self._weights.get(mark.name, mark.weights_size) // mark.weights_size
         return copies * [_mapped(layer, mapped // copies) for layer in mark.layers]
 
+    def _table_in(self, operand: Any) -> str | None:
+        """The embedding whose table an operand is; a literal is none."""
+        return self._tables.get(operand) if isinstance(operand, Var) else None
+
     def _follow_tables(self, eqn: Any) -> None:
         """Names what an equation hands an embedding's table on to."""
-        named = [self._tables.get(v) if isinstance(v, Var) else None for v in eqn.invars]
-        if not any(named):
-            return
+        named = list(map(self._table_in, eqn.invars))
         if eqn.primitive.name in _PASSING and named[0] is not None:
             self._tables[eqn.outvars[0]] = named[0]
+        if not any(named):
+            return
         for inner in _jaxprs(eqn.params):
             # A cond's branches do not take its first operand, the index.
             for var, name in zip(reversed(inner.invars), reversed(named), strict=False):
@@ -91,7 +96,7 @@ class _Walk:
             return []
         lhs, rhs = (var.aval.shape for var in eqn.invars[:2])
         if primitive == "dot_general":
-            table = self._tables.get(eqn.invars[1]) if isinstance(eqn.invars[1], Var) else None
+            table = self._table_in(eqn.invars[1])
             layer = product(table or "product", lhs, rhs, *params["dimension_numbers"])
             return [layer if table else dataclasses.replace(layer, kind="matmul")]
         if primitive == "conv_general_dilated":
