@@ -102,9 +102,10 @@ class GroupTerms:
                     "terms were measured on another network: (layer, kernel, channels, filters) "
                     f"= {mine} then, {theirs} now"
                 )
-        concrete = isinstance(groups.group_size, int | np.integer)
-        size = groups.group_size if concrete else self.groups.group_size
-        if dataclasses.replace(groups, group_size=size) != self.groups:
+        kinds = [dataclasses.replace(each, group_size=1) for each in (groups, self.groups)]
+        sizes = [groups.group_size, self.groups.group_size]
+        concrete = all(isinstance(size, int | np.integer) for size in sizes)
+        if kinds[0] != kinds[1] or (concrete and sizes[0] != sizes[1]):
             raise ValueError(f"terms were measured for {self.groups}, the PE has {groups}")
 
     @property

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
+import numpy as np
+
 from stp_jax.terms.activations import check_activation_terms
 from stp_jax.terms.encodings import MAX_BITS, Encoding
 from stp_jax.terms.projection import Method
@@ -66,6 +68,11 @@ class Rule:
             raise ValueError("activation_terms needs integer activations, not activations='none'")
         weights = self.format  # which checks itself
         if self.budget is not None:
+            if not isinstance(self.budget, int | np.integer):
+                raise TypeError(
+                    f"a rule's budget must be an integer or None, got {self.budget!r}; "
+                    "stp_jax.set_budgets gives filters their own"
+                )
             weights.check_budget(self.budget)
 
     def _check_scale_group(self) -> None:

@@ -1,5 +1,6 @@
 """Rules: the first match decides, and mistakes are named before any work."""
 
+import numpy as np
 import pytest
 
 from stp_jax import Policy, Rule
@@ -65,3 +66,9 @@ def test_wrong_attributes_are_named(wrong, says):
 def test_policies_are_hashable_values():
     assert Policy([Rule(path="a")]) == Policy((Rule(path="a"),))
     assert len({Policy([Rule(path="a")]), Policy([Rule(path="a")])}) == 1
+
+
+@pytest.mark.parametrize("budget", [[0], 2.0, np.array([2, 3])])
+def test_a_rule_has_one_integer_budget(budget):
+    with pytest.raises(TypeError, match="set_budgets"):
+        Rule(path=".*", budget=budget)
