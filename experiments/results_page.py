@@ -3,12 +3,14 @@
     python -m experiments.results_page runs/compare_methods runs/compare_projections
 
 copies the results of the runs to ``docs/results/EXPERIMENT.json``, without the paths of the machine
-they ran on, and writes ``docs/results.md`` and its plot from what lies there. No number on the page
-is typed by hand; a test writes it again and compares.
+they ran on, and writes ``docs/results.md`` and its plot from what lies there. ``--longer RUN`` does
+so with a comparison of the same methods over more steps, for the page's section on longer training.
+No number on the page is typed by hand; a test writes it again and compares.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Mapping
@@ -23,7 +25,9 @@ from stp_jax.export.card import table as markdown_table
 
 DOCS = Path(__file__).parents[1] / "docs"
 DATA = DOCS / "results" / "compare_methods.json"
+LONGER = DATA.with_name("compare_methods_longer.json")
 PROJECTIONS = DATA.with_name("compare_projections.json")
+STORED = (DATA, LONGER, PROJECTIONS)
 COMMAND = "python -m experiments.results_page"
 _STYLES = {"ours": ("o", "-"), "rival": ("s", "--"), "part": ("^", ":")}
 
@@ -47,6 +51,17 @@ def _between(mean: float, half: float, form: str = ".2f") -> str:
     return _number(mean, form) + ("" if pd.isna(half) else f" ± {half:.2f}")
 
 
+def _accuracy(row: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{_between(row['top1'], row['interval'])} ({int(row['seeds'])})",
+        _between(row["loss"], row["loss_interval"]),
+        _between(row["change"], row["change_interval"], "+.2f"),
+    ]
+
+
+_ACCURACY = ["test top-1, % (seeds)", "points below float", "points over STP by filter"]
+
+
 def _methods(results: Mapping[str, Any], table: pd.DataFrame) -> str:
     rows = []
     for row in table.sort_values("terms", ascending=False, kind="stable").to_dict("records"):
@@ -54,9 +69,7 @@ def _methods(results: Mapping[str, Any], table: pd.DataFrame) -> str:
             [
                 _number(row["terms"], "g"),
                 results["methods"][row["method"]]["title"],
-                f"{_between(row['top1'], row['interval'])} ({int(row['seeds'])})",
-                _between(row["loss"], row["loss_interval"]),
-                _between(row["change"], row["change_interval"], "+.2f"),
+                *_accuracy(row),
                 _number(row["terms_held"], ".3f"),
                 _number(row["saving_by_gates"], ".2f", "×"),
                 _number(row["saving"], ".2f", "×"),
@@ -66,9 +79,7 @@ def _methods(results: Mapping[str, Any], table: pd.DataFrame) -> str:
     header = [
         "terms per weight",
         "method",
-        "test top-1, % (seeds)",
-        "points below float",
-        "points over STP by filter",
+        *_ACCURACY,
         "terms held",
         "saving by gates",
         "by the table",
@@ -99,10 +110,9 @@ def _parts(results: Mapping[str, Any], table: pd.DataFrame) -> list[str]:
     ]
 
 
-def _by_steps(results: Mapping[str, Any], table: pd.DataFrame) -> list[str]:
+def _by_steps(table: pd.DataFrame, methods: Mapping[str, Any]) -> list[str]:
+    """Validation accuracy by steps of what was trained for several numbers of them."""
     numbers = sorted(table["steps"].unique())
-    if len(numbers) < 2:
-        return []
     rows = []
     for (method, terms), found in table.groupby(["method", "terms"], sort=False, dropna=False):
         if len(found) < 2:
@@ -112,12 +122,37 @@ def _by_steps(results: Mapping[str, Any], table: pd.DataFrame) -> list[str]:
             _between(by.loc[n, "top1"], by.loc[n, "interval"]) if n in by.index else ""
             for n in numbers
         ]
-        rows.append([_number(terms, "g"), results["methods"][method]["title"], *cells])
+        rows.append([_number(terms, "g"), methods[method]["title"], *cells])
+    if not rows:
+        return []
     return [
-        "## Longer training",
         "Validation top-1, %, after as many steps as the column says:",
         markdown_table(["terms per weight", "method", *(f"{n:,}" for n in numbers)], rows),
     ]
+
+
+def _longer(results: Mapping[str, Any], longer: Mapping[str, Any] | None) -> list[str]:
+    """What more steps bring, in a comparison of its own and in the one of the page."""
+    text = []
+    if longer:
+        table, start = summary(longer), longer["start"]["validation_top1_percent"]["float"]
+        table = table.sort_values(["terms", "steps"], ascending=[False, True], kind="stable")
+        rows = [
+            [
+                _number(row["terms"], "g"),
+                f"{row['steps']:,}",
+                longer["methods"][row["method"]]["title"],
+                *_accuracy(row),
+            ]
+            for row in table.to_dict("records")
+        ]
+        text = [
+            f"A comparison of its own, from a float model made in the same way (validation "
+            f"{start:.2f} %), with the same settings at every number of steps:",
+            markdown_table(["terms per weight", "steps", "method", *_ACCURACY], rows),
+        ]
+    text += _by_steps(summary(results, "validation"), results["methods"])
+    return ["## Longer training", *text] if text else []
 
 
 def _layers(results: Mapping[str, Any]) -> list[str]:
@@ -159,11 +194,16 @@ def _projections(study: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def page(results: Mapping[str, Any], study: Mapping[str, Any] | None = None) -> str:
+def page(
+    results: Mapping[str, Any],
+    longer: Mapping[str, Any] | None = None,
+    study: Mapping[str, Any] | None = None,
+) -> str:
     """The page in Markdown.
 
     Args:
       results: what `experiments.comparison.gather` wrote.
+      longer: the same of a comparison over more steps, if there is one.
       study: what the experiment ``compare_projections`` wrote, if it was run.
     """
     config, base, methods = results["comparison"], results["config"], results["methods"]
@@ -200,7 +240,7 @@ def page(results: Mapping[str, Any], study: Mapping[str, Any] | None = None) -> 
         _methods(results, table[first & kinds.isin(["ours", "rival"])]),
         "![Top-1 over computational energy saving](images/results_pareto.png)",
         *_parts(results, table[first & (kinds == "part")]),
-        *_by_steps(results, summary(results, "validation")),
+        *_longer(results, longer),
         *_layers(results),
         *(_projections(study) if study else []),
     ]
@@ -247,27 +287,33 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def stored_study() -> Any:
-    """The stored results of ``compare_projections``; None if there are none."""
-    return json.loads(PROJECTIONS.read_text()) if PROJECTIONS.exists() else None
+def stored_page() -> str:
+    """The page of the stored results."""
+    found = [json.loads(path.read_text()) if path.exists() else None for path in STORED]
+    return page(*found)
 
 
 def main(arguments: list[str]) -> int:
     """Writes the page from runs' folders, or again from the stored results."""
-    for argument in arguments:
-        source = Path(argument) / "results.json"
+    parser = argparse.ArgumentParser(prog=COMMAND, description="Writes the results page.")
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of finished comparisons")
+    parser.add_argument("--longer", type=Path, help="that of a comparison over more steps")
+    given = parser.parse_args(arguments)
+    for folder in filter(None, [*given.runs, given.longer]):
+        source = folder / "results.json"
         results = json.loads(source.read_text()) if source.is_file() else {}
-        if results.get("experiment") not in (DATA.stem, PROJECTIONS.stem):
-            print(f"error: {source} is not the result of --exp={DATA.stem} or {PROJECTIONS.stem}")
+        known = (DATA,) if folder == given.longer else (DATA, PROJECTIONS)
+        stored = next((p for p in known if p.stem == results.get("experiment")), None)
+        if stored is None:
+            names = " or ".join(path.stem for path in known)
+            print(f"error: {source} is not the result of --exp={names}")
             return 2
-        DATA.parent.mkdir(exist_ok=True)
-        DATA.with_stem(results["experiment"]).write_text(_portable(results))
+        (LONGER if folder == given.longer else stored).write_text(_portable(results))
     if not DATA.exists():
         print(f"error: there are no results of --exp={DATA.stem} yet; name that run's folder")
         return 2
-    results = json.loads(DATA.read_text())
-    (DOCS / "results.md").write_text(page(results, stored_study()))
-    plot(results, DOCS / "images" / "results_pareto.png")
+    (DOCS / "results.md").write_text(stored_page())
+    plot(json.loads(DATA.read_text()), DOCS / "images" / "results_pareto.png")
     return 0
 
 

@@ -23,7 +23,7 @@ from experiments.comparison import (
 )
 from experiments.config import ConfigError, override
 from experiments.configs.compare_methods import METHODS, PARTS
-from experiments.results_page import DATA, DOCS, page, stored_study
+from experiments.results_page import DATA, DOCS, page, stored_page
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
@@ -229,7 +229,16 @@ def test_the_page_holds_every_row_and_says_what_is_missing(comparison):
 
 @pytest.mark.skipif(not DATA.exists(), reason="no stored results")
 def test_the_documentation_shows_the_stored_results():
-    assert (DOCS / "results.md").read_text() == page(json.loads(DATA.read_text()), stored_study())
+    assert (DOCS / "results.md").read_text() == stored_page()
+
+
+@pytest.mark.slow  # its fixture is
+def test_the_page_says_what_more_steps_bring(comparison):
+    results = comparison[2]
+    assert "## Longer training" not in page(results)
+    rows = [{**row, "steps": 7654, "test": 12.34} for row in results["rows"]]
+    section = page(results, {**results, "rows": rows}).partition("## Longer training")[2]
+    assert "7,654" in section and "12.34" in section
 
 
 def test_projections_are_compared_before_retraining(tmp_path):
