@@ -30,6 +30,7 @@ import stp_jax
 from stp_jax import export
 from stp_jax.models.decoder import DecoderLM, generate, load_llama2c
 
+TILES = (64, 32)  # weights that share a scale; most layers have 64 inputs, the others 172
 BEGIN = 1  # llama2.c's token before a text
 RESAMPLES = 10_000
 
@@ -89,6 +90,7 @@ def at(model: DecoderLM, calibration: list[jax.Array], terms: float) -> dict[str
     return {
         "term revealing": few_terms(model, k, search, method="greedy", encoding="hese"),
         "projected": few_terms(model, k, search),
+        **{f"projected, scales by {n}": few_terms(model, k, search, scale_group=n) for n in TILES},
         "reconstructed": few_terms(model, k, reconstruction(calibration)),
     }
 
@@ -185,6 +187,8 @@ def main() -> None:
     search = stp_jax.search_weight_scales
     rows: dict[str, Row] = {"int8": few_terms(model, 32, search)}
     rows["int4"] = few_terms(model, 16, search, bits=4)
+    for tile in TILES:
+        rows[f"int4, scales by {tile}"] = few_terms(model, 16, search, bits=4, scale_group=tile)
     rows["int4, reconstructed"] = few_terms(model, 16, reconstruction(calibration), bits=4)
     for bits, tile in ((8, None), (4, None), (4, 32)):
         by = "" if tile is None else f", scales by {tile}"

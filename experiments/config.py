@@ -103,7 +103,9 @@ class Config:
     activation_bits: int = 8
     embeddings: bool = False  # budgets also for embedding tables that are the last layer (tied)
     guidance: float = 0.05  # fraction of the way to few-term values per step, at its peak
-    compensate: bool = False  # error-compensated (GPTQ-style) projection
+    # At the projection, before any retraining, weights are fitted to the outputs on the calibration
+    # examples: by stp_jax.compensate within each layer, or by stp_jax.reconstruct.
+    fit: Literal["none", "compensate", "reconstruct"] = "none"
     bn_batches: int = 30  # to re-estimate BatchNorm statistics after each stage
     calibration_batches: int = 4  # for the scales of the layers' inputs
     fold_batch_norm: bool = False  # into the layers before it, once the float model is trained

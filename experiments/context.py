@@ -19,6 +19,7 @@ import stp_jax
 from experiments.config import Config, ConfigError
 from experiments.runtime import sharding
 from stp_jax import data, export, hooks, hwmodel, models
+from stp_jax.quant.reconstruction import check_reconstruction
 
 _CALIBRATION_SEED = 0  # not the run's: runs that differ in their seed calibrate alike
 
@@ -191,12 +192,27 @@ def check_model(context: Context) -> None:
         policy.check(layers)
     except ValueError as error:
         raise ConfigError(f"int8_layers={config.int8_layers}: {error}") from error
+    if config.fit == "reconstruct":
+        _check_reconstruction(context, policy)
     if config.embeddings:
         _check_embeddings(config, abstract, example)
     if config.budgets is not None:
         found: dict[str, int] = {}
         nnx.eval_shape(lambda m: found.update(filters(stp_jax.quantize(m, policy))), abstract)
         read_budgets(config, found)
+
+
+def _check_reconstruction(context: Context, policy: stp_jax.Policy) -> None:
+    """Raises ConfigError for a model whose layers `stp_jax.reconstruct` cannot fit."""
+    model = make_model(context)
+    model.eval()
+    example = context.dataset.example_input()
+    try:
+        check_reconstruction(
+            stp_jax.quantize(model, policy), jnp.zeros(example.shape, example.dtype)
+        )
+    except ValueError as error:
+        raise ConfigError(f"fit=reconstruct: {error}") from error
 
 
 def _check_embeddings(config: Config, model: nnx.Module, example: jax.ShapeDtypeStruct) -> None:

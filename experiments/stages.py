@@ -150,14 +150,18 @@ def guided_stage(run: Run) -> None:
     run.train(Training("guided", c.guided_epochs, c.guided_lr, "guided_lr", guide_to=run.budgets))
 
 
+_FITS = {"compensate": stp_jax.compensate, "reconstruct": stp_jax.reconstruct}
+
+
 def projected_stage(run: Run) -> nnx.Module:
     """Each group keeps its terms, and no weight is trained."""
-    if run.config.compensate:
-        batches = [b["input"] for b in run.context.calibration_batches()]
-        stp_jax.compensate(run.model, batches, run.budgets)
-        run.gather()
-    else:
+    fit = run.config.fit
+    if fit == "none":
         stp_jax.set_budgets(run.model, run.budgets)
+    else:
+        # Whole in every process, as layers are fitted to all examples at once.
+        batches = [sharding.gather(b["input"]) for b in run.context.calibration_batches()]
+        _FITS[fit](run.model, batches, run.budgets)
     reestimate_batch_norm(run.context, run.model)
     return run.model
 

@@ -75,6 +75,12 @@ METHODS: dict[str, Method] = {
         settings=f"{_OURS} budgets_by=layer",
         reference="filter",
     ),
+    "reconstructed": Method(
+        title="STP, budgets by filter, reconstructed first",
+        kind="ours",
+        settings=f"{_OURS} fit=reconstruct",
+        reference="filter",
+    ),
 }
 PARTS: dict[str, Method] = {
     name: Method(title=title, kind="part", settings=f"{_OURS} {changes}", reference="filter")
@@ -82,7 +88,7 @@ PARTS: dict[str, Method] = {
         "no-distill": ("without soft labels", "distill=0"),
         "outputs": ("errors weighted by the outputs' divergence", "error_weighting=outputs"),
         "gradients": ("errors weighted by squared gradients", "error_weighting=gradients"),
-        "compensate": ("with compensation", "compensate=true"),
+        "compensate": ("with compensation", "fit=compensate"),
         "groups-16": ("groups of 16", "group_size=16"),
     }.items()
 }

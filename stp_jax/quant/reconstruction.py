@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -452,6 +452,38 @@ def reconstruct(
     return losses
 
 
+def check_reconstruction(
+    model: Any, example: Any, call: Callable[[Any, Any], Any] = call_model
+) -> None:
+    """Runs a model without fitting it, to find what `reconstruct` would refuse.
+
+    Args:
+      model: an STP model, calibrated or not; it is left as it is.
+      example: a batch of inputs.
+      call: how to call the model on a batch otherwise.
+
+    Raises:
+      ValueError: as `reconstruct` does for layers that it cannot fit.
+    """
+    layers = quantized_layers(model)
+    _check_layers(layers)
+    check_scale_by_filter(layers, "reconstruct")
+    run: set[str] = set()
+
+    def decide(layer: KernelLayer, x, z, positions, kernel, *rest: Any, **kwargs: Any):
+        _check_once(layer.path, run)
+        run.add(layer.path)
+        return kernel
+
+    hooked = hooks.attach(model, _side_by_side(layers, decide, lambda layer, exact, out: out))
+    call(hooked, _doubled([example]))
+
+
+def _check_once(path: str, run: Container[str]) -> None:
+    if path in run:
+        raise ValueError(f"layer {path!r} runs more than once; use stp_jax.compensate")
+
+
 def _fit_all(model, batches, followers, search: _Search, call):
     layers = quantized_layers(model)
     fits: dict[str, _Fit] = {}
@@ -463,8 +495,7 @@ def _fit_all(model, batches, followers, search: _Search, call):
 
     def decide(layer: KernelLayer, x, z, positions, kernel, *rest: Any, **kwargs: Any):
         path = layer.path
-        if path in fits:
-            raise ValueError(f"layer {path!r} runs more than once; use stp_jax.compensate")
+        _check_once(path, fits)
 
         def rows(x: jax.Array, pixels: np.ndarray) -> jax.Array:
             return _input_rows(layer, x, pixels, kernel, *rest, **kwargs)
