@@ -289,7 +289,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
 
 def stored_page() -> str:
     """The page of the stored results."""
-    found = [json.loads(path.read_text()) if path.exists() else None for path in STORED]
+    found: list[Any] = [json.loads(p.read_text()) if p.exists() else None for p in STORED]
     return page(*found)
 
 
