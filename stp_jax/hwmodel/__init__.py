@@ -50,5 +50,6 @@ from stp_jax.hwmodel.technology import NANGATE_45NM_GATES as NANGATE_45NM_GATES
 from stp_jax.hwmodel.technology import SKY130_130NM_GATES as SKY130_130NM_GATES
 from stp_jax.hwmodel.technology import Technology as Technology
 from stp_jax.hwmodel.technology import read_technology as read_technology
+from stp_jax.hwmodel.tensors import Links as Links
 from stp_jax.hwmodel.term_histogram import GroupTerms as GroupTerms
 from stp_jax.hwmodel.term_histogram import measure_terms as measure_terms

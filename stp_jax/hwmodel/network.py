@@ -16,6 +16,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from stp_jax.hwmodel.tensors import Links, Tensors, chain, check_links, tensors
+
 Kind = Literal["conv", "dense", "matmul"]
 
 # Far above any network, and small enough that nothing derived from a layer overflows.
@@ -166,13 +168,17 @@ class Layer:
 class Network:
     """An ordered, hashable list of layers whose names are distinct.
 
+    ``links`` say which layer reads whose output, one `Links` a layer. Without them the network is a
+    mere sequence, in which each layer reads the output of the one before it (see `tensors.chain`).
+
     Raises:
-      ValueError: no layers, or two of the same name.
-      TypeError: something else than layers.
+      ValueError: no layers, two of the same name, or links that do not fit them.
+      TypeError: something else than layers or links.
     """
 
     layers: tuple[Layer, ...]
     name: str = "network"
+    links: tuple[Links, ...] | None = None
 
     def __post_init__(self) -> None:
         """Checks the names."""
@@ -189,6 +195,9 @@ class Network:
             if layer.name in seen:
                 raise ValueError(f"two layers are named {layer.name!r}; names must be distinct")
             seen.add(layer.name)
+        if self.links is not None:
+            object.__setattr__(self, "links", tuple(self.links))
+            check_links(self.layers, self.links)
 
     def __len__(self) -> int:
         """Number of layers."""
@@ -215,6 +224,11 @@ class Network:
             values.flags.writeable = False
             self._extents[attribute] = values
         return self._extents[attribute]
+
+    @functools.cached_property
+    def tensors(self) -> Tensors:
+        """The outputs of the layers: who reads them, and the room they need to stay on the chip."""
+        return tensors(self.layers, chain(self.layers) if self.links is None else self.links)
 
     @functools.cached_property
     def _extents(self) -> dict[str, np.ndarray]:

@@ -6,7 +6,6 @@ leave marks in the jaxpr, which tell a layer's name and the operand that holds i
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +19,7 @@ from stp_jax.hwmodel.network import Network
 from stp_jax.hwmodel.readers import products
 from stp_jax.hwmodel.readers.jaxpr import executed_layers
 from stp_jax.hwmodel.readers.marks import Marks
-from stp_jax.hwmodel.readers.observe import Describe, Uses, linen_einsums, observing
+from stp_jax.hwmodel.readers.observe import Describe, linen_einsums, observing
 
 
 def trace(model: Any, *inputs: Any, name: str | None = None, **kwargs: Any) -> Network:
@@ -44,7 +43,8 @@ def trace(model: Any, *inputs: Any, name: str | None = None, **kwargs: Any) -> N
       A network whose layer names are module paths joined by dots (``layer1.0.conv1``); the n-th
       use of a module ends in ``@n``, and attention contributes ``.scores`` and ``.context``. An
       embedding is a layer where its transpose is multiplied (``attend``), not where rows are looked
-      up. Elementwise work and pooling are not layers; nor are products in a Pallas kernel.
+      up. Elementwise work and pooling are not layers; nor are products in a Pallas kernel. The
+      network's ``links`` say which layer reads whose output.
 
     Raises:
       TypeError: not a Flax model.
@@ -62,12 +62,10 @@ def trace(model: Any, *inputs: Any, name: str | None = None, **kwargs: Any) -> N
         jaxpr = _linen_jaxpr(model, marks, call)
     else:
         raise TypeError(f"expected an nnx.Module or a linen.Module, got {type(model).__name__}")
-    layers = executed_layers(jaxpr, marks)
-    if not layers:
+    reader, results = executed_layers(jaxpr, marks)
+    if not reader.layers:
         raise ValueError(f"{type(model).__name__} has no convolution, dense layer or product")
-    uses = Uses()
-    named = (dataclasses.replace(layer, name=uses.unique(layer.name)) for layer in layers)
-    return Network(tuple(named), name=name or type(model).__name__)
+    return reader.network(results, name or type(model).__name__)
 
 
 class _Marker:
@@ -80,7 +78,7 @@ class _Marker:
         self, name: str, describe: Describe, run: Callable, lhs: jax.Array, rhs: jax.Array
     ) -> jax.Array:
         with self._marks.scope() as mark:
-            out = run(lhs, mark.on_weights(rhs))
+            out = run(mark.on_input(lhs), mark.on_weights(rhs))
             mark.layers.append(describe(lhs.shape, rhs.shape, out.shape))
             return mark.on_result(out)
 
@@ -89,7 +87,7 @@ class _Marker:
     ) -> jax.Array:
         with self._marks.scope() as mark:
             mark.layers += products.attention(name, query.shape, key.shape, value.shape)
-            return mark.on_result(run(query, key, value))
+            return mark.on_result(run(mark.on_input(query), *mark.on_cached(key, value)))
 
     def table(self, name: str, query: jax.Array, table: jax.Array) -> jax.Array:
         return self._marks.on_table(name, table)
@@ -136,7 +134,8 @@ def _linen_jaxpr(model: linen.Module, marks: Marks, call: _Call) -> Jaxpr:
     def run(variables: Any, arrays: list[jax.Array]) -> list[Any]:
         observed = attach(LinenModel(module, variables), observing(marker))
         apply = functools.partial(observed, rngs=keys, mutable=True)
-        return jax.tree.leaves(call.run(apply, arrays))
+        results, _ = call.run(apply, arrays)
+        return jax.tree.leaves(results)
 
     with linen_einsums(marker):
         return jax.make_jaxpr(run)(variables, call.arrays).jaxpr

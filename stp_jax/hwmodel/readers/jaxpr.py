@@ -3,75 +3,165 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
 from stp_jax.hwmodel.network import Layer
-from stp_jax.hwmodel.readers.marks import Marks
+from stp_jax.hwmodel.readers.links import OUTSIDE, LinkReader, Value, joined
+from stp_jax.hwmodel.readers.marks import Mark, Marks, Role
 from stp_jax.hwmodel.readers.products import convolution, product
 
 _PASSING = ("transpose", "convert_element_type", "copy")  # the same values in another form
+_UPDATES = {"dynamic_update_slice": 1, "scatter": 2}  # what is written into the first operand
 
 
-def executed_layers(jaxpr: Jaxpr, marks: Marks) -> list[Layer]:
+def executed_layers(jaxpr: Jaxpr, marks: Marks) -> tuple[LinkReader, list[Value]]:
     """The marked layers of a jaxpr, and the products that no layer makes.
+
+    Returns:
+      The layers with what they read of each other, and the values of the jaxpr's results.
 
     Raises:
       ValueError: a layer in a ``while`` loop, or a product that is not modelled.
     """
-    return _Walk(marks).layers(jaxpr, marked=False)
+    walk = _Walk(marks)
+    walk.run(jaxpr, marked=False)
+    return walk.reader, list(map(walk.value, jaxpr.outvars))
 
 
 class _Walk:
     def __init__(self, marks: Marks) -> None:
+        self.reader = LinkReader()
         self._marks = marks
-        self._weights: dict[str, int] = {}  # sizes by mark, as the jaxpr has them
+        # By mark and role, size and value as the jaxpr has them.
+        self._operands: dict[tuple[str, Role], tuple[int, Value]] = {}
         self._tables: dict[Any, str] = {}  # variables that hold an embedding → its name
+        self._values: dict[Any, Value] = {}  # of variables that hold what layers wrote
 
-    def layers(self, jaxpr: Jaxpr, *, marked: bool) -> list[Layer]:
-        """Layers in order; ``marked``: the jaxpr's own products belong to a marked layer."""
-        found: list[Layer] = []
+    def value(self, operand: Any) -> Value:
+        """Which layers wrote an operand; a literal is from outside."""
+        return self._values.get(operand, OUTSIDE) if isinstance(operand, Var) else OUTSIDE
+
+    def run(self, jaxpr: Jaxpr, *, marked: bool) -> None:
+        """Reads layers in order; ``marked``: the jaxpr's own products belong to a marked layer."""
         for eqn in jaxpr.eqns:
-            found += self._equation(eqn, marked or self._marks.owns(eqn))
-        return found
+            self._equation(eqn, marked or self._marks.owns(eqn))
 
-    def _equation(self, eqn: Any, marked: bool) -> list[Layer]:
-        primitive, params = eqn.primitive.name, eqn.params
+    def _equation(self, eqn: Any, marked: bool) -> None:
+        primitive, inner = eqn.primitive.name, _jaxprs(eqn.params)
         if primitive == "name":
-            return self._at_mark(eqn)
+            self._at_mark(eqn)
+            return
         self._follow_tables(eqn)
         if primitive == "scan":
-            return params["length"] * self.layers(params["jaxpr"].jaxpr, marked=marked)
-        if primitive == "cond":
-            branches = [self.layers(branch.jaxpr, marked=marked) for branch in params["branches"]]
-            return max(branches, key=lambda layers: sum(layer.macs for layer in layers))
-        if primitive == "pallas_call":
-            return []
-        inner = [layer for jaxpr in _jaxprs(params) for layer in self.layers(jaxpr, marked=marked)]
-        if primitive == "while" and inner:
-            names = ", ".join(layer.name for layer in inner)
-            raise ValueError(f"{names}: runs in a while loop, whose number of steps is not known")
-        return inner if marked else inner + self._unmarked(eqn)
+            self._scan(eqn, marked)
+        elif primitive == "cond":
+            self._cond(eqn, marked)
+        elif primitive == "while":
+            self._while(eqn, inner, marked)
+        elif primitive != "pallas_call" and len(inner) == 1 and _is_call(eqn, inner[0]):
+            self._set(inner[0].invars, map(self.value, eqn.invars))
+            self.run(inner[0], marked=marked)
+            self._set(eqn.outvars, map(self.value, inner[0].outvars))
+        elif marked or not self._unmarked(eqn):
+            self._elementwise(eqn, marked)
 
-    def _at_mark(self, eqn: Any) -> list[Layer]:
-        """A layer stands where its result is marked, after its weights."""
+    def _set(self, variables: Iterable[Any], values: Iterable[Value]) -> None:
+        self._values.update(zip(variables, values, strict=True))
+
+    def _elementwise(self, eqn: Any, marked: bool) -> None:
+        """Values of the results of an equation that is no product."""
+        values = list(map(self.value, eqn.invars))
+        if eqn.primitive.name == "concatenate":
+            sizes = [var.aval.size for var in eqn.invars]
+            made = joined(zip(values, sizes, strict=True))
+        elif eqn.primitive.name in _UPDATES:
+            which = _UPDATES[eqn.primitive.name]
+            new, size = eqn.invars[which].aval.size, eqn.outvars[0].aval.size
+            made = joined([(values[which], new), (values[0], size - new)])
+        elif marked:  # which the mark on the layer's result replaces
+            made = OUTSIDE
+        else:
+            made = self.reader.merge(values)
+        self._set(eqn.outvars, [made.within(var.aval.size) for var in eqn.outvars])
+
+    def _scan(self, eqn: Any, marked: bool) -> None:
+        """Each step anew, for what a step reads is what the one before it wrote."""
+        params, jaxpr = eqn.params, eqn.params["jaxpr"].jaxpr
+        fixed, carried = params["num_consts"], params["num_consts"] + params["num_carry"]
+        values = list(map(self.value, eqn.invars))
+        consts, carry, xs = values[:fixed], values[fixed:carried], values[carried:]
+        stacked: list[list[Value]] = []
+        for _ in range(params["length"]):
+            before = len(self.reader.layers)
+            self._set(jaxpr.invars, [*consts, *carry, *xs])
+            self.run(jaxpr, marked=marked)
+            outs = list(map(self.value, jaxpr.outvars))
+            carry = outs[: params["num_carry"]]
+            stacked.append(outs[params["num_carry"] :])
+            if len(self.reader.layers) == before:  # no layers: a further step adds nothing
+                break
+        count = len(eqn.outvars) - params["num_carry"]
+        ys = [joined((step[i], step[i].size) for step in stacked) for i in range(count)]
+        self._set(eqn.outvars, [*carry, *ys])
+
+    def _cond(self, eqn: Any, marked: bool) -> None:
+        """The branch with the most multiply-accumulates."""
+
+        def take(branch: Jaxpr) -> list[Value]:
+            self._set(branch.invars, map(self.value, eqn.invars[1:]))
+            self.run(branch, marked=marked)
+            return list(map(self.value, branch.outvars))
+
+        branches = [functools.partial(take, closed.jaxpr) for closed in eqn.params["branches"]]
+        self._set(eqn.outvars, self.reader.largest(branches))
+
+    def _while(self, eqn: Any, inner: list[Jaxpr], marked: bool) -> None:
+        before = len(self.reader.layers)
+        for jaxpr in inner:
+            self.run(jaxpr, marked=marked)
+        if len(self.reader.layers) > before:
+            names = ", ".join(layer.name for layer in self.reader.layers[before:])
+            raise ValueError(f"{names}: runs in a while loop, whose number of steps is not known")
+        self._elementwise(eqn, marked)
+
+    def _at_mark(self, eqn: Any) -> None:
+        """A layer stands where its result is marked, after its operands."""
+        value = self.value(eqn.invars[0])
+        self._set(eqn.outvars, [value])
         if (table := self._marks.table_at(eqn)) is not None:
             self._tables[eqn.outvars[0]] = table
-            return []
+            return
         found = self._marks.on_equation(eqn)
         if found is None:
-            return []
-        mark, on_weights, size = found
-        if on_weights:
-            self._weights[mark.name] = size
-            return []
+            return
+        mark, role, size = found
+        if role == "result":
+            self._set(eqn.outvars, [self._layers(mark, size)])
+        else:
+            self._operands[mark.name, role] = size, value
+
+    def _layers(self, mark: Mark, size: int) -> Value:
+        """Adds the layers of a mark whose result has so many elements; returns its value."""
         mapped = size // mark.result_size  # by vmap
-        copies = 1
-        if mark.weights_size:
-            copies = self._weights.get(mark.name, mark.weights_size) // mark.weights_size
-        return copies * [_mapped(layer, mapped // copies) for layer in mark.layers]
+
+        def operand(role: Role) -> tuple[int, Value]:
+            return self._operands.get((mark.name, role), (mark.weights_size, OUTSIDE))
+
+        copies = operand("weights")[0] // mark.weights_size if mark.weights_size else 1
+        roles: tuple[Role, ...] = ("weights",) if mark.weights_size else ("key", "value")
+        results = []
+        for _ in range(copies):
+            _, value = operand("input")
+            for layer, role in zip(mark.layers, roles, strict=True):
+                layer = _mapped(layer, mapped // copies)
+                value = self.reader.layer(layer, value, operand(role)[1])
+            results.append((value, value.size))
+        return joined(results)
 
     def _table_in(self, operand: Any) -> str | None:
         """The embedding whose table an operand is; a literal is none."""
@@ -90,17 +180,26 @@ class _Walk:
                 if name is not None:
                     self._tables[var] = name
 
-    def _unmarked(self, eqn: Any) -> list[Layer]:
+    def _unmarked(self, eqn: Any) -> bool:
+        """Adds a product that no layer makes; whether the equation is one."""
+        layer = self._bare_product(eqn)
+        if layer is None:
+            return False
+        lhs, rhs = map(self.value, eqn.invars[:2])
+        self._set(eqn.outvars, [self.reader.layer(layer, lhs, rhs)])
+        return True
+
+    def _bare_product(self, eqn: Any) -> Layer | None:
         primitive, params = eqn.primitive.name, eqn.params
         if primitive not in ("dot_general", "conv_general_dilated", "ragged_dot_general"):
-            return []
+            return None
         lhs, rhs = (var.aval.shape for var in eqn.invars[:2])
         if primitive == "dot_general":
             table = self._table_in(eqn.invars[1])
             layer = product(table or "product", lhs, rhs, *params["dimension_numbers"])
-            return [layer if table else dataclasses.replace(layer, kind="matmul")]
+            return layer if table else dataclasses.replace(layer, kind="matmul")
         if primitive == "conv_general_dilated":
-            return [convolution("convolution", lhs, rhs, eqn.outvars[0].aval.shape, **params)]
+            return convolution("convolution", lhs, rhs, eqn.outvars[0].aval.shape, **params)
         raise ValueError("products with ragged groups (jax.lax.ragged_dot) are not modelled")
 
 
@@ -109,6 +208,12 @@ def _mapped(layer: Layer, rows: int) -> Layer:
     more = ("channels", "filters", "groups") if layer.kind == "matmul" else ("batch",)
     extents: dict[str, Any] = {name: rows * getattr(layer, name) for name in more}
     return dataclasses.replace(layer, **extents)
+
+
+def _is_call(eqn: Any, inner: Jaxpr) -> bool:
+    """Whether an equation hands its operands to a jaxpr, and its results back, one by one."""
+    operands, results = len(eqn.invars), len(eqn.outvars)
+    return operands == len(inner.invars) and results == len(inner.outvars)
 
 
 def _jaxprs(params: dict[str, Any]) -> list[Jaxpr]:

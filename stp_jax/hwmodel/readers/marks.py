@@ -21,7 +21,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, cast
 
 import jax
 import numpy as np
@@ -31,7 +31,7 @@ from stp_jax.hwmodel.network import Layer
 
 # Marks differ between traces, since a jitted part of a model may come from JAX's cache.
 _serials = itertools.count()
-_WEIGHTS = "weights"
+Role = Literal["input", "weights", "key", "value", "result"]
 
 
 @dataclasses.dataclass
@@ -50,15 +50,23 @@ class Mark:
     result_size: int = 0
     weights_size: int = 0
 
+    def on_input(self, x: jax.Array) -> jax.Array:
+        """The first operand, marked."""
+        return checkpoint_name(x, self.name + "input")
+
+    def on_cached(self, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The second operands of an attention's two products, marked."""
+        return checkpoint_name(key, self.name + "key"), checkpoint_name(value, self.name + "value")
+
     def on_weights(self, weights: jax.Array) -> jax.Array:
         """The weights, marked."""
         self.weights_size = np.size(weights)
-        return checkpoint_name(weights, self.name + _WEIGHTS)
+        return checkpoint_name(weights, self.name + "weights")
 
     def on_result(self, result: jax.Array) -> jax.Array:
         """The result, marked."""
         self.result_size = np.size(result)
-        return checkpoint_name(result, self.name)
+        return checkpoint_name(result, self.name + "result")
 
 
 class Marks:
@@ -92,13 +100,13 @@ class Marks:
         scopes = re.findall(r"stp#\d+#", str(eqn.source_info.name_stack))
         return any(scope in self._marks for scope in scopes)
 
-    def on_equation(self, eqn: Any) -> tuple[Mark, bool, int] | None:
-        """Contents of a ``checkpoint_name`` equation: mark, whether of weights, size.
+    def on_equation(self, eqn: Any) -> tuple[Mark, Role, int] | None:
+        """Contents of a ``checkpoint_name`` equation: mark, what it is on, and that one's size.
 
         None for names that are not of these marks.
         """
-        name = eqn.params["name"]
-        mark = self._marks.get(name.removesuffix(_WEIGHTS))
+        name, _, role = eqn.params["name"].rpartition("#")
+        mark = self._marks.get(f"{name}#")
         if mark is None:
             return None
-        return mark, name.endswith(_WEIGHTS), math.prod(eqn.outvars[0].aval.shape)
+        return mark, cast(Role, role), math.prod(eqn.outvars[0].aval.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from stp_jax.hwmodel.network import Layer, Network, dense, matmul
 from stp_jax.hwmodel.readers import products
-from stp_jax.hwmodel.readers.observe import Uses
+from stp_jax.hwmodel.readers.links import OUTSIDE, LinkReader, Value, joined
 
 if TYPE_CHECKING:
     from stp_jax.hwmodel.readers.onnx_values import Shape, Values
@@ -31,6 +32,7 @@ _REFUSED = frozenset(
         "SVMRegressor",
     }
 )
+_UPDATES = frozenset({"ScatterElements", "ScatterND"})  # the third input, into the first
 _GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 # What a node without the inputs or attributes that it must have leads to.
 _DAMAGE = (AttributeError, IndexError, KeyError, TypeError, ZeroDivisionError)
@@ -45,7 +47,8 @@ def read_onnx(
     """The convolutions, dense layers, matrix products and recurrent layers of an ONNX graph.
 
     Layers come in the graph's order and are named after their nodes, or after their outputs where
-    nodes have no name; the n-th use of a name ends in ``@n``. They are read as follows:
+    nodes have no name; the n-th use of a name ends in ``@n``. The network's ``links`` say which
+    layer reads whose output. Layers are read as follows:
 
     * A product with a constant matrix (an initializer, or what is computed from constants alone,
       such as a dequantized or transposed one), or with a matrix shared by a batch, is a dense
@@ -98,56 +101,116 @@ def read_onnx(
     known = Values(opsets or {"": 1}, path.parent)
     try:
         known.add_inputs(model.graph, shapes or {}, values or {})
-        layers = _graph(model.graph, known)
+        flow = _Flow()
+        _graph(model.graph, known, flow)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    if not layers:
+    if not flow.reader.layers:
         raise ValueError(f"{path}: no convolution, product or recurrent layer in the graph")
-    uses = Uses()
-    named = (dataclasses.replace(layer, name=uses.unique(layer.name)) for layer in layers)
-    return Network(tuple(named), name=model.graph.name or path.stem)
+    results = [flow.value(output.name) for output in model.graph.output]
+    return flow.reader.network(results, model.graph.name or path.stem)
 
 
-def _graph(graph: Any, values: Values) -> list[Layer]:
-    """Layers of a graph in its order; what its nodes tell of its tensors is added to ``values``."""
+class _Flow:
+    """The layers read so far, and which of them wrote what the graph's tensors hold."""
+
+    def __init__(self) -> None:
+        self.reader = LinkReader()
+        self._tensors: dict[str, Value] = {}
+
+    def value(self, tensor: str) -> Value:
+        return self._tensors.get(tensor, OUTSIDE)
+
+    def assign(self, tensors: Sequence[str], made: Sequence[Value]) -> None:
+        self._tensors.update(zip(tensors, made, strict=True))
+
+    def add(self, node: Any, layers: list[Layer], values: Values) -> None:
+        """Adds the layers of a node."""
+        if node.op_type in _GATES:
+            made = self._recurrent(node, layers)
+        else:
+            operands = _operands(node)
+            if operands[0] in values.constant:
+                operands = operands[::-1]
+            inputs, others = map(self.value, operands)
+            made = OUTSIDE
+            for layer in layers:
+                made = self.reader.layer(layer, inputs, others)
+        self.assign(node.output, [made] * len(node.output))
+
+    def _recurrent(self, node: Any, layers: list[Layer]) -> Value:
+        """Each step reads the state of the one before it, and adds its part of the inputs'."""
+        of_input = self.reader.layer(layers[0], self.value(node.input[0]))
+        steps, directions = layers[1:], layers[0].filters // layers[1].filters
+        states: list[Value] = []
+        for i, layer in enumerate(steps):
+            first = i % (len(steps) // directions) == 0
+            state = self.reader.layer(layer, OUTSIDE if first else states[-1])
+            states.append(self.reader.merge([state, of_input.within(layer.output_words)]))
+        return joined((state, state.size) for state in states)
+
+    def follow(self, node: Any, tensors: Sequence[str], values: Values) -> None:
+        """Takes a node that is no layer; of a tensor's shape, nothing is read."""
+        if node.op_type in ("Shape", "Size"):
+            return
+        inputs = list(map(self.value, tensors))
+        sizes = [math.prod(values.shape(tensor) or ()) for tensor in tensors]
+        if node.op_type == "Concat":
+            made = joined(zip(inputs, sizes, strict=True))
+        elif node.op_type in _UPDATES:
+            rest = max(sizes[0] - sizes[2], 0)
+            made = joined([(inputs[2], sizes[2]), (inputs[0], rest)])
+        else:
+            made = self.reader.merge(inputs)
+        shapes = map(values.shape, node.output)
+        outputs = [made if shape is None else made.within(math.prod(shape)) for shape in shapes]
+        self.assign(node.output, outputs)
+
+
+def _graph(graph: Any, values: Values, flow: _Flow) -> None:
+    """Reads a graph in its order; what its nodes tell of its tensors is added to ``values``."""
     refused = [node for node in graph.node if node.op_type in _REFUSED]
     if refused:
         named = ", ".join(f"{_name(node)} ({node.op_type})" for node in refused)
         raise ValueError(f"operators that are not modelled: {named}")
     values.add_initializers(graph)
-    layers: list[Layer] = []
     for node in graph.node:
         try:
-            layers += _node(node, values)
+            _node(node, values, flow)
         except _DAMAGE as error:
             raise ValueError(f"{_name(node)} ({node.op_type}) is damaged: {error!r}") from error
-    return layers
 
 
 def _name(node: Any) -> str:
     return node.name or next(filter(None, node.output), node.op_type)
 
 
-def _node(node: Any, values: Values) -> list[Layer]:
+def _node(node: Any, values: Values, flow: _Flow) -> None:
     name = _name(node)
     if node.op_type == "If":
-        return _branch(node, values)
+        _branch(node, values, flow)
+        return
     if subgraphs := values.subgraphs(node):
-        for inner in _nodes(subgraphs):
+        nodes = _nodes(subgraphs)
+        for inner in nodes:
             if inner.op_type in _READ or inner.op_type in _REFUSED or inner.domain:
                 raise ValueError(
                     f"{name}: layers in a {node.op_type} are not read: {_name(inner)} "
                     f"({inner.op_type})"
                 )
         values.leave_unknown(node, name)
-        return []
+        flow.follow(node, [*node.input, *(t for inner in nodes for t in inner.input)], values)
+        return
     if node.op_type == "DynamicQuantizeLSTM":
         node = values.float_lstm(node)
     values.infer(node, name)
+    if values.constant.issuperset(node.output):
+        return
     read = _READ.get(node.op_type)
-    if read is None or values.constant.issuperset(node.output):
-        return []
-    return read(name, node, values)
+    if read is not None and (layers := read(name, node, values)):
+        flow.add(node, layers, values)
+    else:
+        flow.follow(node, node.input, values)
 
 
 def _nodes(graphs: Iterable[Any]) -> list[Any]:
@@ -157,7 +220,7 @@ def _nodes(graphs: Iterable[Any]) -> list[Any]:
     return nodes + _nodes(inner) if inner else nodes
 
 
-def _branch(node: Any, values: Values) -> list[Layer]:
+def _branch(node: Any, values: Values, flow: _Flow) -> None:
     """Of an If, the branch that is taken, or else the one with more multiply-accumulates."""
     branches = {a.name: a.g for a in node.attribute}
     taken = [branches["then_branch"], branches["else_branch"]]
@@ -165,10 +228,15 @@ def _branch(node: Any, values: Values) -> list[Layer]:
     if condition is not None:
         taken = [taken[0] if condition.item() else taken[1]]
     inner = [(branch, values.within()) for branch in taken]
-    layers = [_graph(branch, seen) for branch, seen in inner]
+
+    def read(branch: Any, seen: Values) -> list[Value]:
+        _graph(branch, seen, flow)
+        return [flow.value(output.name) for output in branch.output]
+
+    results = flow.reader.largest([functools.partial(read, *each) for each in inner])
     outputs = [[output.name for output in branch.output] for branch in taken]
     values.join(node.output, [seen for _, seen in inner], outputs, _name(node))
-    return max(layers, key=lambda found: sum(layer.macs for layer in found))
+    flow.assign(node.output, results)
 
 
 def _operands(node: Any) -> tuple[str, str]:

@@ -10,7 +10,7 @@ def test_marks_survive_transformations_and_grow_with_their_operands():
 
     def layer(x, w):
         with marks.scope() as mark:
-            return mark.on_result(x @ mark.on_weights(w))
+            return mark.on_result(mark.on_input(x) @ mark.on_weights(w))
 
     def model(x, w):
         return jax.vmap(jax.jit(layer), in_axes=(0, None))(x, w)
@@ -21,10 +21,11 @@ def test_marks_survive_transformations_and_grow_with_their_operands():
     (product,) = (eqn for eqn in eqns if eqn.primitive.name == "dot_general")
     assert marks.owns(product)
     assert not Marks().owns(product)
-    weights, result = (marks.on_equation(e) for e in eqns if e.primitive.name == "name")
-    assert weights[1:] == (True, 12)
-    assert result[1:] == (False, 5 * 2 * 4)
-    assert weights[0] is result[0]
+    of_input, weights, result = (marks.on_equation(e) for e in eqns if e.primitive.name == "name")
+    assert of_input[1:] == ("input", 5 * 2 * 3)
+    assert weights[1:] == ("weights", 12)
+    assert result[1:] == ("result", 5 * 2 * 4)
+    assert of_input[0] is weights[0] is result[0]
     assert (result[0].weights_size, result[0].result_size) == (12, 2 * 4)
 
 
