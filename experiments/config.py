@@ -120,6 +120,7 @@ class Config:
     # Accelerator.
     rows: int = 32  # of the array's PEs
     cols: int = 32
+    activation_sram: int = 0  # bytes of a buffer for outputs until their last reader; 0: none
 
     # Devices: a batch is split over all of them.
     sharding: Literal["data", "fsdp"] = "data"  # fsdp splits parameters and optimizer as well
@@ -170,6 +171,7 @@ def _check(c: Config) -> None:
         need(getattr(c, key) >= 0, key, "0 or more")
     for key in ("weight_decay", "bn_batches", "energy_weight"):
         need(getattr(c, key) >= 0, key, "0 or more")
+    need(0 <= c.activation_sram < 2**53, "activation_sram", "from 0 to below 2**53")
     for key in ("float_lr", "guided_lr", "retrain_lr", "budget_lr", "temperature"):
         need(getattr(c, key) > 0, key, "positive")
     absent = [name for name in c.measured if name not in c.stages]

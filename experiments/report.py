@@ -91,6 +91,7 @@ def write_results(context: Context, outcome: Outcome, name: str) -> dict[str, An
         context.dataset.example_input(),
         rows=config.rows,
         cols=config.cols,
+        activation_sram=config.activation_sram,
         name=config.model,
     )
     cost = evaluate()

@@ -87,6 +87,7 @@ def evaluate_model(
     *inputs: Any,
     rows: int = 32,
     cols: int = 32,
+    activation_sram: int = 0,
     packed: bool = False,
     lanes: int = 1,
     baseline: hw.PE | None = None,
@@ -104,6 +105,7 @@ def evaluate_model(
       *inputs: of the model, of which only shape and dtype are used.
       rows: R of both arrays, which are input-stationary.
       cols: C.
+      activation_sram: bytes of a buffer on the chip for outputs until their last reader; 0: none.
       packed: whether terms are stored in place of integers; see `hwmodel.GroupPE`.
       lanes: terms that a group PE takes in a cycle.
       baseline: the PE of the int8 array, `hwmodel.BitParallel` by default; `hwmodel.int8_baseline`
@@ -125,7 +127,12 @@ def evaluate_model(
     """
     network = hw.trace(model, *inputs, name=name, **kwargs)
     used = {_path(name) for name in network.names}
-    ours = hw.Array(rows=rows, cols=cols, pe=group_pe(model, packed=packed, lanes=lanes))
+    ours = hw.Array(
+        rows=rows,
+        cols=cols,
+        activation_sram=activation_sram,
+        pe=group_pe(model, packed=packed, lanes=lanes),
+    )
     int8 = dataclasses.replace(ours, pe=baseline or hw.BitParallel())
     return ModelCost(
         network=network,

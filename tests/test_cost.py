@@ -127,6 +127,13 @@ def test_a_model_s_cost_is_that_of_its_integers_in_its_own_groups():
     assert cost.saving_with_encoder < cost.saving
 
 
+def test_outputs_that_stay_on_the_chip_leave_the_traffic_of_both_arrays():
+    """The convolution writes 8 x 8 x 16 bytes, of which the dense layer reads the mean of 16."""
+    off, on = (stp_jax.evaluate_model(build(), IMAGE, activation_sram=n) for n in (0, 8 * 8 * 16))
+    for before, after in ((off.baseline, on.baseline), (off.report, on.report)):
+        assert (before.dram_bytes - after.dram_bytes).tolist() == [8 * 8 * 16, 16]
+
+
 def test_one_array_runs_one_kind_of_group():
     rules = [Rule(path="conv", budget=4, group_size=4), Rule(path="fc", budget=8)]
     model = stp_jax.quantize(Net(nnx.Rngs(0)), Policy(rules))

@@ -14,6 +14,7 @@ activations are what the network computes for one image of noise. The output say
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,9 @@ class HardwareConfig:
     by: Literal["area", "throughput"] | None = None  # what arrays are matched in; None: PE count
     budget: int = 8  # terms in a group of 8 weights
     image_size: int = 224
+    activation_sram: int = 0  # bytes of a buffer for outputs until their last reader; 0: none
+    activation_bits: int = 8  # of inputs and outputs in DRAM and buffers
+    partial_sum_bits: int = 32  # in DRAM and buffers
     init_from: str | None = None  # PyTorch weights of torchvision's ResNet-18
     seed: int = 0
 
@@ -45,6 +49,13 @@ class HardwareConfig:
             raise ConfigError(f"budget must be from 1 to 32, got {self.budget}")
         if self.image_size < 32:
             raise ConfigError(f"image_size must be 32 or more, got {self.image_size}")
+        if not 0 <= self.activation_sram < 2**53:
+            raise ConfigError(
+                f"activation_sram must be from 0 to below 2**53, got {self.activation_sram}"
+            )
+        for key in ("activation_bits", "partial_sum_bits"):
+            if not 1 <= (bits := getattr(self, key)) <= 64:
+                raise ConfigError(f"{key} must be from 1 to 64, got {bits}")
         if self.init_from is not None and not Path(self.init_from).expanduser().is_file():
             raise ConfigError(f"init_from must be an existing file, got {self.init_from!r}")
 
@@ -98,9 +109,24 @@ def _workload(config: HardwareConfig) -> tuple[Any, hwmodel.Network, Any, Any]:
     return model, network, weights, activations
 
 
-def _designs(model: Any, network: hwmodel.Network, weights, activations) -> dict[str, Any]:
-    def array(pe: Any) -> hwmodel.Array:
-        return hwmodel.Array(rows=32, cols=32, pe=pe)
+def _array(config: HardwareConfig, pe: hwmodel.PE) -> hwmodel.Array:
+    stored = hwmodel.Widths(
+        inputs=config.activation_bits,
+        outputs=config.activation_bits,
+        partial_sums=config.partial_sum_bits,
+    )
+    return hwmodel.Array(
+        rows=32,
+        cols=32,
+        pe=pe,
+        activation_sram=config.activation_sram,
+        dram_bits=stored,
+        sram_bits=stored,
+    )
+
+
+def _designs(config: HardwareConfig, model: Any, weights, activations) -> dict[str, Any]:
+    array = functools.partial(_array, config)
 
     int8_pes: dict[str, hwmodel.PE] = {
         "BitParallel": hwmodel.BitParallel(bits=8),
@@ -145,7 +171,7 @@ def run(config: HardwareConfig, workdir: Path, console: Console) -> None:
     """Prints the comparison, by gates and by the table, and writes it to `results.json`."""
     model, network, weights, activations = _workload(config)
     source = config.init_from or "He-initialised, untrained"
-    designs = _designs(model, network, weights, activations)
+    designs = _designs(config, model, weights, activations)
     reference = next(iter(designs.values()))
     if config.by is not None:
         for name, design in list(designs.items())[1:]:

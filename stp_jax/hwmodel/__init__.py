@@ -53,3 +53,4 @@ from stp_jax.hwmodel.technology import read_technology as read_technology
 from stp_jax.hwmodel.tensors import Links as Links
 from stp_jax.hwmodel.term_histogram import GroupTerms as GroupTerms
 from stp_jax.hwmodel.term_histogram import measure_terms as measure_terms
+from stp_jax.hwmodel.widths import Widths as Widths

@@ -19,6 +19,7 @@ from stp_jax.hwmodel.folding import Dataflow, Extents, Folding
 from stp_jax.hwmodel.network import Network
 from stp_jax.hwmodel.numbers import INTEGER, Real, as_real, ceil_div, check_numbers
 from stp_jax.hwmodel.pes import PE, BitParallel
+from stp_jax.hwmodel.widths import Widths, changed, check_widths
 
 
 @jax.tree_util.register_dataclass
@@ -37,9 +38,16 @@ class Array:
     its column folds are dealt out to them, since these depend on nothing of each other. They
     take the same operands in lockstep, which DRAM delivers to all of them at once.
 
+    An ``activation_sram`` lies between DRAM and the three buffers, one for all arrays. It keeps the
+    output of a layer until the last layer or addition that reads it, if there is room for all of
+    it; which outputs have precedence, see `Tensors.room`. These are then neither written to DRAM
+    nor read from it. The network's ``links`` say who reads what.
+
     Raises:
-      ValueError: a size is not a positive integer below 2**53, rows, columns or count are traced
-        as reals, a bandwidth is not positive, or the dataflow is unknown.
+      ValueError: a size is not a positive integer below 2**53 (``activation_sram`` may be 0), rows,
+        columns or count are traced as reals, a bandwidth is not positive, the dataflow is unknown,
+        or registers have a width of outputs, which leave the array as partial sums.
+      TypeError: widths are a number.
     """
 
     rows: Real = dataclasses.field(metadata=INTEGER)
@@ -49,6 +57,10 @@ class Array:
     ifmap_sram: Real = 256 << 10  # bytes; double-buffered: half is active
     filter_sram: Real = 256 << 10
     ofmap_sram: Real = 256 << 10
+    activation_sram: Real = 0  # bytes for outputs that stay until their last reader; 0: none
+    dram_bits: Widths = dataclasses.field(default_factory=Widths)  # of a word in DRAM
+    sram_bits: Widths = dataclasses.field(default_factory=Widths)  # in the buffers
+    register_bits: Widths = dataclasses.field(default_factory=Widths)  # in and between the PEs
     dram_bandwidth: Real = math.inf  # bytes per cycle, reads and writes together
     sram_bandwidth: Real = math.inf  # bytes per cycle of each of the three buffers' ports
     count: Real = dataclasses.field(default=1, metadata=INTEGER)  # equal arrays beside each other
@@ -62,6 +74,14 @@ class Array:
         buffers = ("ifmap_sram", "filter_sram", "ofmap_sram")
         check_numbers("Array", rows=self.rows, cols=self.cols, count=self.count)
         check_numbers("Array", continuous=True, **{n: getattr(self, n) for n in buffers})
+        check_numbers("Array", continuous=True, zero=True, activation_sram=self.activation_sram)
+        for name in ("dram_bits", "sram_bits", "register_bits"):
+            check_widths(f"Array: {name}", getattr(self, name))
+        if {"outputs"} & changed(self.register_bits):
+            raise ValueError(
+                "Array: register_bits has another width of outputs, which leave the array as "
+                "partial sums; set partial_sums"
+            )
         bandwidths = ("dram_bandwidth", "sram_bandwidth")
         check_numbers("Array", integers=False, **{n: getattr(self, n) for n in bandwidths})
 

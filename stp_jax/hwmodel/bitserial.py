@@ -42,8 +42,6 @@ from stp_jax.hwmodel.operands import (
     require,
 )
 from stp_jax.hwmodel.pes import (
-    ACCUMULATOR_BITS,
-    ACTIVATION_BITS,
     PE,
     Activity,
     Workload,
@@ -54,6 +52,7 @@ from stp_jax.hwmodel.pes import (
 )
 from stp_jax.hwmodel.technology import Technology
 from stp_jax.hwmodel.term_histogram import check_names, lookup
+from stp_jax.hwmodel.widths import ACCUMULATOR_BITS, ACTIVATION_BITS
 from stp_jax.terms import count_table
 
 WEIGHT_BITS = 8
@@ -158,7 +157,7 @@ class DigitSerial(PE):
             check_names(what, getattr(work, what) or {}, work.network)
         counted = np.array([self._count(layer, work) for layer in work.network], np.float64)
         cycles, additions, pe_cycles = counted.T
-        folding = work.folding
+        folding, bits = work.folding, work.register_bits.weights_or(WEIGHT_BITS)
         pe_steps = folding.groups * folding.reduction_steps * folding.P * folding.M
         events: dict[str, Vector] = {}
         for rates, count in (
@@ -173,15 +172,16 @@ class DigitSerial(PE):
             busy=additions / self.adders,
             terms=additions,
             events=events,
-            register_bits={"cycle": pe_cycles, "step": pe_steps}[self.accumulator_clock]
-            * ACCUMULATOR_BITS
-            + additions * self.lane_register_bits
-            + operand_register_bits(
-                folding,
-                self.lanes,
-                folding.macs * WEIGHT_BITS,
-                self.lanes * WEIGHT_BITS,
-            ),
+            register_bits={
+                **operand_register_bits(
+                    work,
+                    lanes=self.lanes,
+                    weight_stream=folding.macs * bits,
+                    weight_resident=self.lanes * bits,
+                    sums={"cycle": pe_cycles, "step": pe_steps}[self.accumulator_clock],
+                ),
+                "lane_sums": additions * self.lane_register_bits,
+            },
             encoder=None,
             weight_bits=float(WEIGHT_BITS),
             gates=self._all_gate_events(work) if work.basis == "gates" else None,

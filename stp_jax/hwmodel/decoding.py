@@ -16,9 +16,9 @@ import dataclasses
 
 import numpy as np
 
-from stp_jax.hwmodel.memory import PARTIAL_SUM_BYTES
 from stp_jax.hwmodel.network import Layer, Network, dense, matmul
 from stp_jax.hwmodel.report import Report
+from stp_jax.hwmodel.tensors import Links
 
 _CACHED = ("scores", "context")  # products whose second operand is the cache
 _WRITING = ("key", "value")  # projections whose outputs are the cache
@@ -72,7 +72,8 @@ class Decoder:
         Returns:
           Layers named as `trace` names those of `stp_jax.models.decoder_lm`, so that the budgets
           and integer weights of such a model fit; the last layer is ``embed``. Scores of all
-          tokens with all others are computed, the masked half too.
+          tokens with all others are computed, the masked half too. Keys and values leave, for
+          later calls read them.
 
         Raises:
           ValueError: tokens or batch are not positive integers, or past is a negative one.
@@ -84,11 +85,15 @@ class Decoder:
         for name, extent, least in (("tokens", tokens, 1), ("past", past, 0), ("batch", batch, 1)):
             if isinstance(extent, bool) or not isinstance(extent, int) or extent < least:
                 raise ValueError(f"{name} must be an integer, {least} or more, got {extent!r}")
-        rows, layers = batch * tokens, []
+        rows, layers, links = batch * tokens, [], []
         for i in range(self.depth):
             layers += self._block(f"blocks.{i}", tokens, past, batch)
+            before = f"blocks.{i - 1}.feed_forward.down" if i else ()
+            links += _block_links(f"blocks.{i}", before, tokens / (past + tokens))
         layers.append(dense("embed", self.width, self.vocabulary, rows=rows))
-        return Network(tuple(layers), name="prefill" if tokens > 1 else "decode")
+        links.append(Links(inputs=f"blocks.{self.depth - 1}.feed_forward.down", leaves=True))
+        name = "prefill" if tokens > 1 else "decode"
+        return Network(tuple(layers), name=name, links=tuple(links))
 
     def _block(self, name: str, tokens: int, past: int, batch: int) -> list[Layer]:
         rows, length = batch * tokens, past + tokens
@@ -113,6 +118,22 @@ class Decoder:
             layer("feed_forward.up", self.width, self.hidden),
             layer("feed_forward.down", self.hidden, self.width),
         ]
+
+
+def _block_links(name: str, before: str | tuple[()], new: float) -> list[Links]:
+    """Links of a block's layers; ``new`` is the share of this call's tokens in the cache."""
+    attention, feed_forward = f"{name}.attention", f"{name}.feed_forward"
+    return [
+        Links(inputs=before),
+        Links(inputs=before, leaves=True),
+        Links(inputs=before, leaves=True),
+        Links(inputs=f"{attention}.query", operands=((f"{attention}.key", new),)),
+        Links(inputs=f"{attention}.scores", operands=((f"{attention}.value", new),)),
+        Links(inputs=f"{attention}.context", merged=before),
+        Links(inputs=f"{attention}.out"),
+        Links(inputs=f"{attention}.out", merged=f"{feed_forward}.gate"),
+        Links(inputs=f"{feed_forward}.up", merged=f"{attention}.out"),
+    ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,7 +176,8 @@ def token_cost(report: Report) -> TokenCost:
     """The cost of a token, from the report of a network of `Decoder.step`.
 
     The keys and values that a prefill has just computed are charged as written to the cache and
-    read from it again, as `evaluate` charges every layer's output and input.
+    read from it again, as `evaluate` charges every layer's output and input. An activation buffer
+    saves the second if it holds them.
 
     Raises:
       ValueError: the network is of another origin.
@@ -166,13 +188,9 @@ def token_cost(report: Report) -> TokenCost:
     tokens = network.layers[-1].P
     ends = [name.rpartition(".")[2] for name in network.names]
     cached, writing = np.isin(ends, _CACHED), np.isin(ends, _WRITING)
-    dram = np.asarray(report.dram_bytes, np.float64)
-    moved = {name: np.asarray(n, np.float64) for name, n in report.accesses.items()}
-    # What is left of a layer's bytes are its inputs, outputs and partial sums.
-    spills = moved["dram_psum_read"]
-    inputs, outputs = moved["dram_ifmap_read"], moved["dram_ofmap_write"] - spills
-    others = inputs + outputs + 2 * PARTIAL_SUM_BYTES * spills
-    operand = dram - others
+    moved = {n: np.asarray(x, np.float64) for n, x in report.dram_operand_bytes.items()}
+    operand, outputs = moved["filter"], moved["ofmap"]
+    others = moved["ifmap"] + outputs + moved["psum"]
     written = outputs * writing
     return TokenCost(
         cycles=float(report.total_cycles) / tokens,

@@ -16,6 +16,7 @@ from stp_jax.hwmodel.network import Network
 from stp_jax.hwmodel.numbers import (
     Budgets,
     Operands,
+    Real,
     Vector,
     as_arrays,
     as_real,
@@ -31,6 +32,7 @@ from stp_jax.hwmodel.technology import (
     Technology,
 )
 from stp_jax.hwmodel.term_histogram import GroupTerms
+from stp_jax.hwmodel.widths import changed
 
 
 def evaluate(
@@ -85,7 +87,8 @@ def evaluate(
         relaxed), below what the given weights hold, of the wrong number or for an unknown name;
         budgets for a PE that has none; operands that the PE's cycles depend on are missing, in
         another layout or measured on another network; a technology without an entry that is
-        needed; smoothing out of range; an extent of 2**31 or more in a traced evaluation.
+        needed, or by gates where the array's registers have other widths; smoothing out of range;
+        an extent of 2**31 or more in a traced evaluation.
       TypeError: an argument is of another kind.
 
     >>> from stp_jax import hwmodel
@@ -98,6 +101,7 @@ def evaluate(
     """
     _check_kinds(network, array, weights, technology)
     check_smoothing(smoothing)
+    _check_registers(array, technology)
     xp = namespace_for(array, budgets)
     array = as_arrays(array, xp)
     folding = fold(network, array, xp)
@@ -108,6 +112,7 @@ def evaluate(
         weights=weights,
         activations=activations,
         smoothing=smoothing,
+        register_bits=array.register_bits,
         basis=technology.basis,
     )
     activity = array.pe.activity(work)
@@ -132,7 +137,8 @@ def evaluate(
         utilization=activity.busy / (places * cycles),
         operations={"macs": folding.macs, "terms": activity.terms},
         accesses=moved.accesses,
-        dram_bytes=moved.dram_bytes,
+        dram_bytes=moved.all_dram_bytes,
+        dram_operand_bytes=moved.dram_bytes,
         sram_bytes=moved.sram_bytes,
         energy_pj=energies,
         select_pj=select_pj,
@@ -167,6 +173,15 @@ def _check_kinds(network: object, array: object, weights: object, technology: ob
         )
 
 
+def _check_registers(array: Array, technology: Technology) -> None:
+    operands = ", ".join(sorted(changed(array.register_bits)))
+    if operands and technology.basis == "gates":
+        raise ValueError(
+            f"register_bits has other widths of {operands}, but energies by gates are of measured "
+            "PEs with their registers; leave the default widths, or use a technology by the table"
+        )
+
+
 def _energy(
     array: Array,
     technology: Technology,
@@ -176,7 +191,7 @@ def _energy(
     """Energy by component, and of selection; traced where the technology alone is traced."""
     if technology.basis == "gates":
         return _gate_energy(array, technology, activity, moved)
-    xp = namespace_of(moved.dram_bytes, *technology.energy_pj.values())
+    xp = namespace_of(moved.all_dram_bytes, *technology.energy_pj.values())
     encoder = [] if activity.encoder is None else [activity.encoder]
     selection = [] if activity.selections is None else ["int8_shift"]
     needed = [*activity.events, *encoder, *selection, "register_bit", "dram_64b"]
@@ -186,8 +201,8 @@ def _energy(
         "events": activity.events,
         "encoded": moved.accesses["sram_filter_read"] * activity.encoded_share,
         "selections": activity.selections,
-        "register_bits": activity.register_bits,
-        "dram_bytes": moved.dram_bytes,
+        "register_bits": sum(activity.register_bits.values()),
+        "dram_bytes": moved.all_dram_bytes,
     }
     counts = jax.tree.map(lambda x: as_real(x, xp), counts)
     zero = xp.zeros_like(counts["dram_bytes"])
@@ -201,13 +216,14 @@ def _energy(
 
 
 def _memory_energy(array: Array, technology: Technology, moved: Traffic) -> dict[str, Vector]:
-    xp = namespace_of(moved.dram_bytes, *technology.energy_pj.values())
-    sram = [
-        as_real(count, xp)
-        * technology.sram_pj_per_byte(as_real(getattr(array, f"{name}_sram"), xp))
-        for name, count in moved.sram_bytes.items()
-    ]
-    dram = as_real(moved.dram_bytes, xp) / 8.0 * technology.energy_pj["dram_64b"]
+    xp = namespace_of(moved.all_dram_bytes, *technology.energy_pj.values())
+
+    def access_pj(name: str) -> Real:
+        capacity = as_real(getattr(array, f"{name}_sram"), xp)
+        return technology.sram_pj_per_byte(xp.maximum(capacity, 1.0))  # of 0 bytes none pass
+
+    sram = [as_real(n, xp) * access_pj(name) for name, n in moved.sram_bytes.items()]
+    dram = as_real(moved.all_dram_bytes, xp) / 8.0 * technology.energy_pj["dram_64b"]
     return {"sram": sum(sram, xp.zeros_like(dram)), "dram": dram}
 
 
@@ -220,13 +236,13 @@ def _gate_energy(
     """As `_energy`, of PEs and edges measured as a whole."""
     if activity.gates is None:
         refuse_unmeasured(array.pe, array.dataflow)
-    xp = namespace_of(moved.dram_bytes, *technology.energy_pj.values())
+    xp = namespace_of(moved.all_dram_bytes, *technology.energy_pj.values())
     edge: dict[str, Vector] = {}
     if activity.encoder is not None and activity.edge is not None:
         entering = moved.accesses["sram_filter_read"] * activity.encoded_share / gates.GROUP_SIZE
         edge = {name: entering * count for name, count in activity.edge.items()}
     technology.require([*activity.gates, *edge, "dram_64b"])
-    zero = xp.zeros_like(as_real(moved.dram_bytes, xp))
+    zero = xp.zeros_like(as_real(moved.all_dram_bytes, xp))
 
     def price(events: Mapping[str, Vector]) -> Vector:
         energies = technology.energy_pj

@@ -29,8 +29,6 @@ from stp_jax.hwmodel.numbers import (
     namespace_of,
 )
 from stp_jax.hwmodel.pes import (
-    ACCUMULATOR_BITS,
-    ACTIVATION_BITS,
     PE,
     Activity,
     Workload,
@@ -45,6 +43,7 @@ from stp_jax.hwmodel.term_histogram import (
     TermGroups,
     measure_terms,
 )
+from stp_jax.hwmodel.widths import ACCUMULATOR_BITS, ACTIVATION_BITS
 from stp_jax.terms.groups import ragged_size
 from stp_jax.terms.slots import SlotFormat, slot_format
 
@@ -180,6 +179,7 @@ class GroupPE(PE):
         passes = budgets.spread(folding.P)
         group_size = as_real(self.group_size, xp)
         slot = self.slot_format(k)
+        wire_bits = work.register_bits.weights_or(slot.wire_bits)
         weight_bits: Real = float(self.bits)
         # Nothing packs the second operand of a product of activations, which is computed at run
         # time; weights that are given for such a layer are known beforehand.
@@ -205,12 +205,12 @@ class GroupPE(PE):
             busy=budgets.total(groups * k * passes) / self.lanes,
             terms=added,
             events={"int8_shift": added, "int32_add": added},
-            register_bits=accumulated * ACCUMULATOR_BITS
-            + operand_register_bits(
-                folding,
-                group_size,
-                budgets.total(groups * k * slot.wire_bits * passes),
-                budgets.mean(k * slot.wire_bits),
+            register_bits=operand_register_bits(
+                work,
+                lanes=group_size,
+                weight_stream=budgets.total(groups * k * wire_bits * passes),
+                weight_resident=budgets.mean(k * wire_bits),
+                sums=accumulated,
             ),
             encoder=None if packed.all() else terms.ENCODINGS[self.encoding].encoder,
             encoded_share=as_real(~packed, xp),

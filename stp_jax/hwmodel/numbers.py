@@ -101,15 +101,24 @@ def ceil_div(numerator: Any, denominator: Any) -> Any:
 
 
 def check_numbers(
-    owner: str, *, integers: bool = True, continuous: bool = False, **values: Any
+    owner: str,
+    *,
+    integers: bool = True,
+    continuous: bool = False,
+    zero: bool = False,
+    **values: Any,
 ) -> None:
     """Raises ValueError unless every number is positive (and a whole one below 2**53).
+
+    With ``zero`` it may be 0 as well.
 
     Of traced numbers only the dtype is known: it must be an integer's where the model counts with
     the number, since its gradient would be zero, and may be real where the model is
     ``continuous`` in it.
     """
     what = "a positive integer" if integers else "positive"
+    if zero:
+        what = "an integer, 0 or more"
     for name, value in values.items():
         if isinstance(value, jax.core.Tracer):
             if not integers or continuous or jnp.issubdtype(value.dtype, jnp.integer):
@@ -121,15 +130,18 @@ def check_numbers(
             )
         if isinstance(value, int | float | np.number | np.ndarray | jax.Array):
             number = np.asarray(value)
-            if _is_positive(number) and (not integers or _is_whole(number)):
+            if _is_positive(number, zero) and (not integers or _is_whole(number)):
                 continue
         elif not isinstance(value, str | bytes | complex | list | tuple | dict | type | None):
             continue  # what JAX puts in place of leaves while it handles trees
         raise ValueError(f"{owner}: {name} must be {what}, got {value!r}")
 
 
-def _is_positive(number: np.ndarray) -> bool:
-    return number.dtype != bool and number.size > 0 and bool((number > 0).all())
+def _is_positive(number: np.ndarray, zero: bool) -> bool:
+    """Whether all are positive, or 0 where that is allowed."""
+    if number.dtype == bool or number.size == 0:
+        return False
+    return bool((number >= 0 if zero else number > 0).all())
 
 
 def _is_whole(number: np.ndarray) -> bool:

@@ -14,9 +14,7 @@ from stp_jax.hwmodel.network import Network
 from stp_jax.hwmodel.numbers import Budgets, Operands, Real, Vector, ceil_div, check_numbers
 from stp_jax.hwmodel.technology import Basis, MissingEntryError, Technology
 from stp_jax.hwmodel.term_histogram import GroupTerms
-
-ACCUMULATOR_BITS = 32  # what the int32 adds of the energy tables write
-ACTIVATION_BITS = 8
+from stp_jax.hwmodel.widths import ACCUMULATOR_BITS, ACTIVATION_BITS, Widths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +28,7 @@ class Activity:
     busy: Vector  # PE-cycles in which a PE holds work
     terms: Vector  # terms added, or multiplications done
     events: dict[str, Vector]  # arithmetic, by entry of the technology's energy table
-    register_bits: Vector  # register bits clocked
+    register_bits: dict[str, Vector]  # register bits clocked, by operand
     encoder: str | None  # entry of the energy table, once per weight read; None: none needed
     weight_bits: Real  # bits of one stored weight
     encoded_share: Real = 1.0  # share of a layer's weight reads that pass the encoder
@@ -53,30 +51,39 @@ class Workload:
     weights: Operands | GroupTerms | None = None
     activations: Operands | None = None
     smoothing: float = 0.0
+    register_bits: Widths = dataclasses.field(default_factory=Widths)  # the array's
     basis: Basis = "table"  # of the technology; `Activity.gates` is read where it is ``gates``
 
 
 def operand_register_bits(
-    folding: Folding, lanes: Real, weight_stream: Vector, weight_resident: Real
-) -> Vector:
-    """Register bits that move operands: forwarded from PE to PE, or loaded to stay.
+    work: Workload,
+    *,
+    lanes: Real,
+    weight_stream: Vector,
+    weight_resident: Real,
+    sums: Vector,
+) -> dict[str, Vector]:
+    """Register bits by operand: forwarded from PE to PE, or loaded to stay; and partial sums.
 
     A fold loads what stays in R cycles, in each of which all registers of all R rows shift down by
     one row, as in ``rtl/gpe.v``: R * R * C registers are clocked, ragged rows and columns included.
 
     Args:
-      folding: of the network onto the array.
+      work: with the folding onto the array, and the widths of its registers.
       lanes: activations that a PE takes at once.
       weight_stream: weight bits over all PEs where weights move through the array.
       weight_resident: weight bits that stay in a PE where weights are resident.
+      sums: partial sums that are written.
     """
-    activation_stream = folding.macs * ACTIVATION_BITS
+    folding, widths = work.folding, work.register_bits
     loads = folding.folds * folding.rows * folding.rows * folding.cols
-    return {
-        "is": weight_stream + loads * lanes * ACTIVATION_BITS,
-        "ws": activation_stream + loads * weight_resident,
-        "os": weight_stream + activation_stream,
+    activation_stream, loaded = folding.macs * widths.inputs, loads * lanes * widths.inputs
+    inputs, weights = {
+        "is": (loaded, weight_stream),
+        "ws": (activation_stream, loads * weight_resident),
+        "os": (activation_stream, weight_stream),
     }[folding.dataflow]
+    return {"inputs": inputs, "weights": weights, "partial_sums": sums * widths.partial_sums}
 
 
 class PE:
@@ -185,14 +192,19 @@ class BitParallel(PE):
         """Every multiply-accumulate is done, zeros included; operand and sum are registered."""
         refuse_budgets(self, work)
         folding = work.folding
-        macs = folding.macs
+        macs, bits = folding.macs, work.register_bits.weights_or(self.bits)
         return Activity(
             cycles=folding.folds * folding.steps,
             busy=macs,
             terms=macs,
             events={f"int{self.bits}_multiply": macs, "int32_add": macs},
-            register_bits=macs * ACCUMULATOR_BITS
-            + operand_register_bits(folding, 1.0, macs * self.bits, self.bits),
+            register_bits=operand_register_bits(
+                work,
+                lanes=1.0,
+                weight_stream=macs * bits,
+                weight_resident=bits,
+                sums=macs,
+            ),
             encoder=None,
             weight_bits=float(self.bits),
             gates=gates.mac_events(folding, gates.mean_bits(work.network, work.activations))
@@ -248,7 +260,7 @@ class DotProduct(PE):
         """A step a cycle; a ragged last one takes its cycle, and multiplies what it has."""
         refuse_budgets(self, work)
         folding = work.folding
-        macs = folding.macs
+        macs, bits = folding.macs, work.register_bits.weights_or(gates.BITS)
         steps = folding.groups * folding.reduction_steps * folding.P * folding.M
         tree = {"int16_add": macs - steps} if self.lanes > 1 else {}
         return Activity(
@@ -256,9 +268,12 @@ class DotProduct(PE):
             busy=macs / self.lanes,
             terms=macs,
             events={"int8_multiply": macs, **tree, "int32_add": steps},
-            register_bits=steps * ACCUMULATOR_BITS
-            + operand_register_bits(
-                folding, self.lanes, macs * gates.BITS, self.lanes * gates.BITS
+            register_bits=operand_register_bits(
+                work,
+                lanes=self.lanes,
+                weight_stream=macs * bits,
+                weight_resident=self.lanes * bits,
+                sums=steps,
             ),
             encoder=None,
             weight_bits=float(gates.BITS),

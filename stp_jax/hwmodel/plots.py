@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from stp_jax.hwmodel.arrays import Array, fold
+from stp_jax.hwmodel.memory import port_bytes
 from stp_jax.hwmodel.report import Report
 
 if TYPE_CHECKING:
@@ -55,11 +56,11 @@ def roofline(report: Report, array: Array) -> pd.DataFrame:
     intensity = macs / report.dram_bytes
     # Of several arrays, each has ports of its own.
     share = fold(report.network, array).parallel_share
-    port_bytes = np.max(list(report.sram_bytes.values()), axis=0) * share
+    busiest = np.max(port_bytes(report.sram_bytes, share), axis=0)
     roofs = {
         "compute": rate,
         "memory": intensity * array.dram_bandwidth,
-        "sram": macs / port_bytes * array.sram_bandwidth,
+        "sram": macs / busiest * array.sram_bandwidth,
     }
     heights = np.array(list(roofs.values()))
     return pd.DataFrame(

@@ -27,9 +27,12 @@ class Report:
       stall_cycles: those that wait for memory.
       utilization: fraction of PE-cycles that hold work.
       operations: ``macs`` of the layer and ``terms`` that were really added.
-      accesses: words by memory and operand: SRAM and DRAM reads and writes, ``sram_psum_read``.
+      accesses: words by memory and operand: SRAM and DRAM reads and writes, ``sram_psum_read``;
+        ``sram_activation_read`` and ``sram_activation_write`` of outputs that stay on the chip.
       dram_bytes: bytes to and from DRAM.
-      sram_bytes: bytes through the port of each buffer, ``ifmap``, ``filter`` and ``ofmap``.
+      dram_operand_bytes: the same by operand: ``ifmap``, ``filter``, ``ofmap``, ``psum``.
+      sram_bytes: bytes through the port of each buffer, ``ifmap``, ``filter``, ``ofmap`` and
+        ``activation``.
       energy_pj: ``array`` (shift, multiply and add: what the computational saving compares),
         ``encoder``, ``registers`` (operands and sums inside the array), ``sram``, ``dram``.
       select_pj: an estimate of what selecting one of a group's activations takes, for `GroupPE`,
@@ -50,6 +53,7 @@ class Report:
     operations: dict[str, Vector]
     accesses: dict[str, Vector]
     dram_bytes: Vector
+    dram_operand_bytes: dict[str, Vector]
     sram_bytes: dict[str, Vector]
     energy_pj: dict[str, Vector]
     select_pj: Vector
@@ -94,7 +98,8 @@ class Report:
             return x.astype(np.int64) if (x == np.rint(x)).all() else x
 
         names = ("budgets", "cycles", "stall_cycles", "operations", "accesses")
-        counts = {name: getattr(self, name) for name in (*names, "dram_bytes", "sram_bytes")}
+        transfers = ("dram_bytes", "dram_operand_bytes", "sram_bytes")
+        counts = {name: getattr(self, name) for name in (*names, *transfers)}
         return dataclasses.replace(self, **jax.tree.map(whole, counts))
 
     def to_pandas(self) -> pd.DataFrame:
@@ -109,6 +114,7 @@ class Report:
             **{name: np.asarray(n) for name, n in self.operations.items()},
             **{name: np.asarray(n) for name, n in self.accesses.items()},
             "dram_bytes": np.asarray(self.dram_bytes),
+            **{f"dram_{name}_bytes": np.asarray(n) for name, n in self.dram_operand_bytes.items()},
             **{f"{name}_sram_bytes": np.asarray(n) for name, n in self.sram_bytes.items()},
             **{f"{name}_pj": np.asarray(n) for name, n in self.energy_pj.items()},
         }

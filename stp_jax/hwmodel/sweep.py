@@ -20,6 +20,7 @@ from stp_jax.hwmodel.numbers import INT32_END, Real
 from stp_jax.hwmodel.pes import PE, BitParallel
 from stp_jax.hwmodel.technology import HOROWITZ_45NM, Technology
 from stp_jax.hwmodel.term_histogram import check_names, lookup
+from stp_jax.hwmodel.widths import Widths
 
 ARRAY_FIELDS = (
     "rows",
@@ -27,9 +28,16 @@ ARRAY_FIELDS = (
     "ifmap_sram",
     "filter_sram",
     "ofmap_sram",
+    "activation_sram",
     "dram_bandwidth",
     "sram_bandwidth",
     "count",
+)
+_WIDTHS = tuple(
+    f"{level}.{field.name}"
+    for level in ("dram_bits", "sram_bits", "register_bits")
+    for field in dataclasses.fields(Widths)
+    if (level, field.name) != ("register_bits", "outputs")
 )
 _PE_FIELDS = ("group_size", "budgets")
 _INTEGERS = ("rows", "cols", "count", "group_size")
@@ -48,8 +56,9 @@ def sweep(
 
     Args:
       network: the layers.
-      designs: by field of `Array`, or ``group_size`` and ``budgets`` for group PEs, one value a
-        design: shape (N,), ``budgets`` also (N, layers), or by layer name (N,) or (N, filters).
+      designs: by field of `Array` (widths as ``dram_bits.weights``), or ``group_size`` and
+        ``budgets`` for group PEs, one value a design: shape (N,), ``budgets`` also (N, layers), or
+        by layer name (N,) or (N, filters).
         What is left out is 32 rows, 32 columns and the defaults of `Array`. Every group is taken
         to fill its budget.
       pe: the kind of PE, `GroupPE` if ``budgets`` or ``group_size`` vary, else `BitParallel`.
@@ -63,7 +72,8 @@ def sweep(
 
     Raises:
       ValueError: an unknown field, different lengths, values that are not positive, budgets above
-        what groups can hold, or a layer's extent, rows, columns or a group size from 2**31 on.
+        what groups can hold, widths of registers by gates, or a layer's extent, rows, columns or a
+        group size from 2**31 on.
     """
     values = {
         name: {layer: np.asarray(k) for layer, k in value.items()}
@@ -73,6 +83,8 @@ def sweep(
     }
     if pe is None:
         pe = GroupPE() if set(values) & set(_PE_FIELDS) else BitParallel()
+    if technology.basis == "gates" and any(name.startswith("register_bits") for name in values):
+        raise ValueError("energies by gates are of measured PEs with their registers: no widths")
     count = _check(network, values, pe)
     devices = jax.devices() if devices is None else devices
     spare = -count % len(devices)
@@ -102,7 +114,7 @@ def _narrow(name: str, x: np.ndarray) -> np.ndarray:
 
 
 def _check(network: Network, values: Mapping[str, Any], pe: PE) -> int:
-    known = ARRAY_FIELDS + (_PE_FIELDS if isinstance(pe, GroupPE) else ())
+    known = ARRAY_FIELDS + _WIDTHS + (_PE_FIELDS if isinstance(pe, GroupPE) else ())
     unknown = sorted(set(values) - set(known))
     if unknown or not values:
         raise ValueError(f"cannot sweep {unknown}; choose among {', '.join(known)}")
@@ -117,8 +129,13 @@ def _check(network: Network, values: Mapping[str, Any], pe: PE) -> int:
             raise ValueError(
                 f"{name} has shape {x.shape}, expected {' or '.join(map(str, shapes))}"
             )
-        if not (x > 0).all() or (not name.endswith("bandwidth") and (x != np.floor(x)).any()):
-            raise ValueError(f"{name} must be positive whole numbers (bandwidths: positive)")
+        least = x >= 0 if name == "activation_sram" else x > 0
+        whole = not (name.endswith("bandwidth") or name in _WIDTHS)
+        if not least.all() or (whole and (x != np.floor(x)).any()):
+            raise ValueError(
+                f"{name} must be positive whole numbers (bandwidths and widths: positive; "
+                "activation_sram: 0 or more)"
+            )
     if isinstance(pe, GroupPE) and "budgets" in values:
         capacity = GroupPE(group_size=1, encoding=pe.encoding, bits=pe.bits).max_budget
         capacity = capacity * np.asarray(values.get("group_size", pe.group_size))
@@ -143,14 +160,24 @@ def _fields(
                 yield f"budgets of {layer.name}", k, [layer.filters]
 
 
+def _levels(design: Mapping[str, Any]) -> dict[str, Widths]:
+    """Fields of `Array` of the widths that a design has."""
+    widths: dict[str, dict[str, Real]] = {}
+    for name in set(_WIDTHS) & set(design):
+        level, operand = name.split(".")
+        widths.setdefault(level, {})[operand] = design[name]
+    return {level: Widths(**bits) for level, bits in widths.items()}
+
+
 @functools.lru_cache(maxsize=32)
 def _evaluator(network: Network, dataflow: Dataflow, names: tuple[str, ...], pe: PE) -> Callable:
     def one(design: dict[str, jax.Array], technology: Technology) -> dict[str, Real]:
-        sizes = {"rows": 32, "cols": 32} | {n: design[n] for n in ARRAY_FIELDS if n in design}
+        given: dict[str, Any] = {n: design[n] for n in ARRAY_FIELDS if n in design}
+        given = {"rows": 32, "cols": 32, **given, **_levels(design)}
         varied = pe
         if isinstance(pe, GroupPE) and "group_size" in design:
             varied = dataclasses.replace(pe, group_size=design["group_size"])
-        array = Array(dataflow=dataflow, pe=varied, **sizes)
+        array = Array(dataflow=dataflow, pe=varied, **given)
         report = evaluate(network, array, budgets=design.get("budgets"), technology=technology)
         busy = jnp.sum(report.utilization * report.cycles)
         return {

@@ -6,6 +6,8 @@ import pytest
 
 from experiments import configs
 from experiments.config import Config, ConfigError, differences, override
+from experiments.configs import hw_compare
+from stp_jax import hwmodel
 
 
 @pytest.mark.parametrize("name", configs.names())
@@ -64,6 +66,7 @@ WRONG = [
     ("temperature=0", "temperature must be positive"),
     ("warmup=2", "warmup must be in"),
     ("rows=0", "rows must be 1 or more"),
+    ("activation_sram=-1", "activation_sram must be from 0 to below"),
     ("cols=-4", "cols must be 1 or more"),
     ("checkpoint_every=0", "checkpoint_every must be 1 or more"),
     ("log_every=0", "log_every must be 1 or more"),
@@ -105,6 +108,18 @@ def test_another_model_starts_without_options():
 def test_wrong_settings_are_named(setting, message):
     with pytest.raises(ConfigError, match=message):
         override(Config(), [setting])
+
+
+def test_memories_of_the_hardware_comparison_are_settings():
+    settings = ["activation_sram=4096", "activation_bits=4", "partial_sum_bits=24"]
+    array = hw_compare._array(override(hw_compare.CONFIG, settings), hwmodel.BitParallel())
+    assert array.activation_sram == 4096
+    widths = hwmodel.Widths(inputs=4, outputs=4, partial_sums=24)
+    assert array.dram_bits == array.sram_bits == widths
+    assert hw_compare._array(hw_compare.CONFIG, array.pe) == hwmodel.Array(rows=32, cols=32)
+    for setting in ("activation_sram=-1", "activation_bits=0", "partial_sum_bits=65"):
+        with pytest.raises(ConfigError, match=f"{setting.partition('=')[0]} must be from"):
+            override(hw_compare.CONFIG, [setting])
 
 
 def test_both_kinds_of_budget_exclude_each_other(tmp_path):
