@@ -7,7 +7,7 @@ These functions take that from the model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -126,7 +126,7 @@ def evaluate_model(
     252 222 4.84
     """
     network = hw.trace(model, *inputs, name=name, **kwargs)
-    used = {_path(name) for name in network.names}
+    kinds = {_path(layer.name): layer.kind for layer in network}
     ours = hw.Array(
         rows=rows,
         cols=cols,
@@ -140,20 +140,38 @@ def evaluate_model(
         report=hw.evaluate(
             network,
             ours,
-            budgets=_by_name(budgets(model), used),
-            weights=_by_name(_integers(model), used),
+            budgets=_by_name(_budgets(model, kinds), kinds),
+            weights=_by_name(_integers(model, kinds), kinds),
             technology=technology,
         ),
     )
 
 
-def _integers(model: Any) -> dict[str, np.ndarray]:
-    """The integers of every kernel with its axes as `hw.weight_matrix` takes them."""
-    layers = quantized_layers(model)
+def _integers(model: Any, kinds: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """The integers of every kernel with its axes as `hw.weight_matrix` takes them.
+
+    Args:
+      model: an STP model.
+      kinds: of the network's layers, by path.
+    """
     found = integer_weights(model)
-    for path, quantized in layers.items():
-        if quantized.layer.kind in ("einsum", "embed"):  # the reduction may be any of their axes
+    for path, quantized in quantized_layers(model).items():
+        layer = quantized.layer
+        if layer.kind == "conv_transpose" and kinds.get(path) == "conv":  # of stride 1
+            found[path] = np.swapaxes(found[path], -1, -2) if layer.transposed else found[path]
+        elif layer.kind in ("conv_transpose", "einsum", "embed"):
             found[path] = _reduction_first(found[path], quantized)
+    return found
+
+
+def _budgets(model: Any, kinds: Mapping[str, str]) -> dict[str, Any]:
+    """Budgets by path; a transposed convolution has a product's filters at every window position."""
+    found = budgets(model)
+    for path, quantized in quantized_layers(model).items():
+        if quantized.layer.kind == "conv_transpose" and kinds.get(path) != "conv":
+            window = int(np.prod(quantized.kernel.shape[:-2]))
+            if np.ndim(found.get(path, 0)):
+                found[path] = np.tile(found[path], window)
     return found
 
 
@@ -184,7 +202,7 @@ def _path(name: str) -> str:
     return "" if path == ROOT else path
 
 
-def _by_name(values: Mapping[str, Any], used: set[str]) -> dict[str, Any]:
+def _by_name(values: Mapping[str, Any], used: Collection[str]) -> dict[str, Any]:
     """Values of the layers that are used, by their names in a traced network."""
     return {path or ROOT: value for path, value in values.items() if path in used}
 

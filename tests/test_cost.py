@@ -191,3 +191,23 @@ def test_a_tied_embedding_has_a_budget_and_its_cost():
     assert float(cost.report.energy_pj["array"][-1]) == pytest.approx(alone.energy_pj["array"][0])
     shares = stp_jax.term_costs(model, tokens, per="terms")
     assert shares["embed"] / shares["blocks.0.feed_forward.up"] == 40 / 16
+
+
+@pytest.mark.parametrize("transpose_kernel", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_transposed_convolutions_cost_what_their_terms_do(stride, transpose_kernel):
+    layer = nnx.ConvTranspose(
+        16, 4, (2, 3), strides=stride, transpose_kernel=transpose_kernel, rngs=nnx.Rngs(0)
+    )
+    model = nnx.Sequential(nnx.Conv(3, 16, (1, 1), rngs=nnx.Rngs(1)), layer)
+    rule = stp_jax.Rule(path=".*", budget=8, group_size=8)
+    stp = stp_jax.quantize(model, stp_jax.Policy([rule]))
+    x = jnp.zeros((1, 4, 4, 3))
+    k = np.array([1, 5, 2, 7])
+    stp_jax.set_budgets(stp, {"layers.0": 8, "layers.1": k})
+    cost = stp_jax.evaluate_model(stp, x, rows=1, cols=1)
+    # Two groups of 8 channels hold their budget at most, at every pixel and position.
+    pixels, positions = 16, 6
+    assert float(cost.report.operations["terms"][1]) <= pixels * positions * 2 * k.sum()
+    stp_jax.set_budgets(stp, {"layers.0": 8, "layers.1": 7})
+    assert cost.report.cycles[1] < stp_jax.evaluate_model(stp, x, rows=1, cols=1).report.cycles[1]

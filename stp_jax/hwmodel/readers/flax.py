@@ -43,13 +43,15 @@ def trace(model: Any, *inputs: Any, name: str | None = None, **kwargs: Any) -> N
       A network whose layer names are module paths joined by dots (``layer1.0.conv1``); the n-th
       use of a module ends in ``@n``, and attention contributes ``.scores`` and ``.context``. An
       embedding is a layer where its transpose is multiplied (``attend``), not where rows are looked
-      up. Elementwise work and pooling are not layers; nor are products in a Pallas kernel. The
-      network's ``links`` say which layer reads whose output.
+      up. A transposed convolution is the product of every input pixel with its kernel; the sums
+      of what overlaps in its output are not the array's. Elementwise work and pooling are not
+      layers; nor are products in a Pallas kernel. The network's ``links`` say which layer reads
+      whose output.
 
     Raises:
       TypeError: not a Flax model.
-      ValueError: the model has no such layer, or one that cannot be traced: a transposed
-        convolution, or a layer in a ``while`` loop, whose steps are unknown.
+      ValueError: the model has no such layer, or one in a ``while`` loop, whose steps are
+        unknown.
     """
     if isinstance(getattr(model, "module", None), linen.Module) and not isinstance(
         model, linen.Module
@@ -89,8 +91,8 @@ class _Marker:
             mark.layers += products.attention(name, query.shape, key.shape, value.shape)
             return mark.on_result(run(mark.on_input(query), *mark.on_cached(key, value)))
 
-    def table(self, name: str, query: jax.Array, table: jax.Array) -> jax.Array:
-        return self._marks.on_table(name, table)
+    def weights(self, name: str, x: jax.Array, weights: jax.Array) -> jax.Array:
+        return self._marks.on_operand(name, weights)
 
 
 class _Call:

@@ -15,7 +15,7 @@ from stp_jax.hwmodel.readers.links import OUTSIDE, LinkReader, Value, joined
 from stp_jax.hwmodel.readers.marks import Mark, Marks, Role
 from stp_jax.hwmodel.readers.products import convolution, product
 
-_PASSING = ("transpose", "convert_element_type", "copy")  # the same values in another form
+_PASSING = ("transpose", "convert_element_type", "copy", "rev")  # the same values in another form
 _UPDATES = {"dynamic_update_slice": 1, "scatter": 2}  # what is written into the first operand
 
 
@@ -39,7 +39,7 @@ class _Walk:
         self._marks = marks
         # By mark and role, size and value as the jaxpr has them.
         self._operands: dict[tuple[str, Role], tuple[int, Value]] = {}
-        self._tables: dict[Any, str] = {}  # variables that hold an embedding → its name
+        self._named: dict[Any, str] = {}  # variables that hold marked weights → their layer
         self._values: dict[Any, Value] = {}  # of variables that hold what layers wrote
 
     def value(self, operand: Any) -> Value:
@@ -56,7 +56,7 @@ class _Walk:
         if primitive == "name":
             self._at_mark(eqn)
             return
-        self._follow_tables(eqn)
+        self._follow_names(eqn)
         if primitive == "scan":
             self._scan(eqn, marked)
         elif primitive == "cond":
@@ -133,8 +133,8 @@ class _Walk:
         """A layer stands where its result is marked, after its operands."""
         value = self.value(eqn.invars[0])
         self._set(eqn.outvars, [value])
-        if (table := self._marks.table_at(eqn)) is not None:
-            self._tables[eqn.outvars[0]] = table
+        if (name := self._marks.operand_at(eqn)) is not None:
+            self._named[eqn.outvars[0]] = name
             return
         found = self._marks.on_equation(eqn)
         if found is None:
@@ -163,22 +163,22 @@ class _Walk:
             results.append((value, value.size))
         return joined(results)
 
-    def _table_in(self, operand: Any) -> str | None:
-        """The embedding whose table an operand is; a literal is none."""
-        return self._tables.get(operand) if isinstance(operand, Var) else None
+    def _name_of(self, operand: Any) -> str | None:
+        """The layer whose marked weights an operand is; a literal is none."""
+        return self._named.get(operand) if isinstance(operand, Var) else None
 
-    def _follow_tables(self, eqn: Any) -> None:
-        """Names what an equation hands an embedding's table on to."""
-        named = list(map(self._table_in, eqn.invars))
+    def _follow_names(self, eqn: Any) -> None:
+        """Names what an equation hands marked weights on to."""
+        named = list(map(self._name_of, eqn.invars))
         if eqn.primitive.name in _PASSING and named[0] is not None:
-            self._tables[eqn.outvars[0]] = named[0]
+            self._named[eqn.outvars[0]] = named[0]
         if not any(named):
             return
         for inner in _jaxprs(eqn.params):
             # A cond's branches do not take its first operand, the index.
             for var, name in zip(reversed(inner.invars), reversed(named), strict=False):
                 if name is not None:
-                    self._tables[var] = name
+                    self._named[var] = name
 
     def _unmarked(self, eqn: Any) -> bool:
         """Adds a product that no layer makes; whether the equation is one."""
@@ -194,12 +194,13 @@ class _Walk:
         if primitive not in ("dot_general", "conv_general_dilated", "ragged_dot_general"):
             return None
         lhs, rhs = (var.aval.shape for var in eqn.invars[:2])
+        name = self._name_of(eqn.invars[1])
         if primitive == "dot_general":
-            table = self._table_in(eqn.invars[1])
-            layer = product(table or "product", lhs, rhs, *params["dimension_numbers"])
-            return layer if table else dataclasses.replace(layer, kind="matmul")
+            layer = product(name or "product", lhs, rhs, *params["dimension_numbers"])
+            return layer if name else dataclasses.replace(layer, kind="matmul")
         if primitive == "conv_general_dilated":
-            return convolution("convolution", lhs, rhs, eqn.outvars[0].aval.shape, **params)
+            out = eqn.outvars[0].aval.shape
+            return convolution(name or "convolution", lhs, rhs, out, **params)
         raise ValueError("products with ragged groups (jax.lax.ragged_dot) are not modelled")
 
 

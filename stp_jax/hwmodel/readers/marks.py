@@ -75,7 +75,7 @@ class Marks:
     def __init__(self) -> None:
         """None yet."""
         self._marks: dict[str, Mark] = {}
-        self._tables: dict[str, str] = {}
+        self._operands: dict[str, str] = {}
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[Mark]:
@@ -85,15 +85,15 @@ class Marks:
         with jax.named_scope(mark.name):
             yield mark
 
-    def on_table(self, name: str, table: jax.Array) -> jax.Array:
-        """The table of an embedding, marked: what multiplies it is the layer of that name."""
+    def on_operand(self, name: str, weights: jax.Array) -> jax.Array:
+        """Weights, marked: what multiplies them is the layer of that name."""
         mark = f"stp#{next(_serials)}#"
-        self._tables[mark] = name
-        return checkpoint_name(table, mark)
+        self._operands[mark] = name
+        return checkpoint_name(weights, mark)
 
-    def table_at(self, eqn: Any) -> str | None:
-        """The embedding whose table a ``checkpoint_name`` equation marks, if it marks one."""
-        return self._tables.get(eqn.params["name"])
+    def operand_at(self, eqn: Any) -> str | None:
+        """The layer whose weights a ``checkpoint_name`` equation marks so, if it does."""
+        return self._operands.get(eqn.params["name"])
 
     def owns(self, eqn: Any) -> bool:
         """Whether an equation was traced in the scope of one of the marks."""

@@ -36,8 +36,11 @@ class Observer(Protocol):
     ) -> jax.Array:
         """Returns ``run(query, key, value)``, the attention of layer ``name``."""
 
-    def table(self, name: str, query: jax.Array, table: jax.Array) -> jax.Array:
-        """Returns the table of embedding ``name``, whose rows are multiplied by the query."""
+    def weights(self, name: str, x: jax.Array, weights: jax.Array) -> jax.Array:
+        """Returns the weights of layer ``name``, which has no product to replace; x is its input.
+
+        An embedding whose table is multiplied, or a transposed convolution.
+        """
 
 
 class Uses:
@@ -54,18 +57,20 @@ class Uses:
 
 
 def observing(observer: Observer) -> Hooks:
-    """Hooks that show an observer every product and attention of a model's layers.
+    """Hooks that show an observer every product and attention of a model's layers."""
 
-    Raises, when they are attached or the layer runs:
-      ValueError: a transposed convolution, which is not modelled.
-    """
+    def operands(layer: KernelLayer, promote: Callable) -> Callable | None:
+        if layer.kind != "conv_transpose":
+            return None
 
-    def refuse_transposed(layer: KernelLayer, _: Callable) -> None:
-        if layer.kind == "conv_transpose":
-            raise ValueError(f"{_name(layer.path)}: transposed convolutions are not modelled")
+        def promoted(operands: tuple[Any, ...], **kwargs: Any) -> tuple[Any, ...]:
+            x, kernel, *rest = promote(operands, **kwargs)
+            return (x, observer.weights(_name(layer.path), x, kernel), *rest)
+
+        return promoted
 
     def attend(layer: KernelLayer, query: jax.Array, table: jax.Array) -> jax.Array:
-        return observer.table(_name(layer.path), query, table)
+        return observer.weights(_name(layer.path), query, table)
 
     def product(layer: KernelLayer, function: Callable) -> Callable | None:
         assert layer.product is not None
@@ -77,7 +82,7 @@ def observing(observer: Observer) -> Hooks:
             return None
         return _attention(function, _name(path), observer)
 
-    return Hooks(operands=refuse_transposed, product=product, attention=attention, attend=attend)
+    return Hooks(operands=operands, product=product, attention=attention, attend=attend)
 
 
 def linen_einsums(observer: Observer) -> contextlib.AbstractContextManager[None]:

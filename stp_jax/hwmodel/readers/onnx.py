@@ -317,10 +317,8 @@ def _recurrent(name: str, node: Any, values: Values) -> list[Layer]:
 def _transposed_convolution(name: str, node: Any, values: Values) -> list[Layer]:
     (batch, channels, *in_size), (_, filters, *kernel), _ = _shapes(name, node, values)
     groups = values.attributes(node).get("group", 1)
-    rows, reduction, columns = batch * math.prod(in_size), channels // groups, math.prod(kernel)
-    if groups > 1:
-        return [matmul(name, rows, reduction, filters * columns, products=groups)]
-    return [dense(name, reduction, filters * columns, rows=rows)]
+    extents = {"channels": channels, "filters": groups * filters, "groups": groups}
+    return [products.transposed(name, batch, in_size, kernel, **extents)]
 
 
 def _convolution(name: str, node: Any, values: Values) -> list[Layer]:

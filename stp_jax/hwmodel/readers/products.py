@@ -36,15 +36,23 @@ def convolution(
     """A convolution of the shape ``lhs`` with kernels of ``rhs``, giving ``out``.
 
     Raises:
-      ValueError: a transposed convolution, or one grouped over the batch.
+      ValueError: a convolution grouped over the batch.
     """
-    if {*(lhs_dilation or ())} - {1}:
-        raise ValueError(f"{name}: transposed convolutions are not modelled")
     if batch_group_count != 1:
         raise ValueError(f"{name}: convolutions grouped over the batch are not modelled")
     numbers = jax.lax.conv_dimension_numbers(lhs, rhs, dimension_numbers)
     batch, channels, *in_size = (lhs[axis] for axis in numbers.lhs_spec)
     filters, _, *kernel = (rhs[axis] for axis in numbers.rhs_spec)
+    if {*(lhs_dilation or ())} - {1}:
+        return transposed(
+            name,
+            batch,
+            in_size,
+            kernel,
+            channels=channels,
+            filters=filters,
+            groups=feature_group_count,
+        )
     dilation = tuple(rhs_dilation or (1,) * len(kernel))
     if isinstance(padding, str):
         reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
@@ -62,6 +70,28 @@ def convolution(
         dilation=dilation,
         padding=tuple((int(low), int(high)) for low, high in padding),
     )
+
+
+def transposed(
+    name: str,
+    batch: int,
+    in_size: Sequence[int],
+    kernel: Sequence[int],
+    *,
+    channels: int,
+    filters: int,
+    groups: int = 1,
+) -> Layer:
+    """A transposed convolution: the product of every input pixel with the kernel.
+
+    The sums of what overlaps in its output are not part of it, nor are the zeros between inputs by
+    which a convolution would compute the same.
+    """
+    rows, reduction = batch * math.prod(in_size), channels // groups
+    columns = filters // groups * math.prod(kernel)
+    if groups > 1:
+        return matmul(name, rows, reduction, columns, products=groups)
+    return dense(name, reduction, columns, rows=rows)
 
 
 def product(

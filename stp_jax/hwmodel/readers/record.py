@@ -119,9 +119,9 @@ class _Recorder:
         self.seconds[context] = _rows_first(values)
         return run(query, key, value)
 
-    def table(self, name: str, query: jax.Array, table: jax.Array) -> jax.Array:
-        self.inputs[self._uses.unique(name)] = np.asarray(query)
-        return table
+    def weights(self, name: str, x: jax.Array, weights: jax.Array) -> jax.Array:
+        self.inputs[self._uses.unique(name)] = np.asarray(x)
+        return weights
 
 
 def _probabilities(run: Callable, query: jax.Array, key: jax.Array, value: jax.Array) -> np.ndarray:

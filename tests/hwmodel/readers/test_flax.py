@@ -161,7 +161,52 @@ def test_an_embedding_is_named_inside_of_loops_branches_and_jit():
 def test_what_cannot_be_traced_is_said():
     with pytest.raises(TypeError, match=r"expected an nnx\.Module"):
         hwmodel.trace(lambda x: x, jnp.zeros(3))
-    with pytest.raises(ValueError, match="transposed"):
-        hwmodel.trace(nnx.ConvTranspose(3, 4, (3, 3), rngs=nnx.Rngs(0)), jnp.zeros((1, 8, 8, 3)))
     with pytest.raises(ValueError, match="no convolution"):
         hwmodel.trace(nnx.BatchNorm(4, rngs=nnx.Rngs(0)), jnp.zeros((1, 4)))
+
+
+class UpNnx(nnx.Module):
+    """What a decoder of images does: a convolution, and one transposed after it."""
+
+    def __init__(self, transpose_kernel, rngs):
+        self.down = nnx.Conv(3, 8, (3, 3), strides=2, rngs=rngs)
+        options = {"strides": 2, "transpose_kernel": transpose_kernel, "rngs": rngs}
+        self.up = nnx.ConvTranspose(8, 4, (2, 3), **options)
+
+    def __call__(self, x):
+        return self.up(self.down(x))
+
+
+class UpLinen(linen.Module):
+    transpose_kernel: bool
+
+    @linen.compact
+    def __call__(self, x):
+        x = linen.Conv(8, (3, 3), strides=2, name="down")(x)
+        options = {"strides": (2, 2), "transpose_kernel": self.transpose_kernel, "name": "up"}
+        return linen.ConvTranspose(4, (2, 3), **options)(x)
+
+
+@pytest.mark.parametrize("transpose_kernel", [False, True])
+@pytest.mark.parametrize("make", [lambda t: UpNnx(t, nnx.Rngs(0)), UpLinen], ids=["nnx", "linen"])
+def test_a_transposed_convolution_multiplies_every_input_pixel_by_its_kernel(
+    make, transpose_kernel
+):
+    network = hwmodel.trace(make(transpose_kernel), jnp.zeros((5, 8, 8, 3)))
+    up = network.layers[1]
+    assert (up.name, up.kind) == ("up", "dense")
+    assert (up.P, up.K, up.M) == (5 * 4 * 4, 8, 4 * 2 * 3)
+    assert network.links[1].inputs == (("down", 1.0),)
+
+
+def test_a_transposed_convolution_of_stride_1_is_a_convolution():
+    model = nnx.ConvTranspose(3, 4, (3, 3), rngs=nnx.Rngs(0))
+    (layer,) = hwmodel.trace(model, jnp.zeros((1, 8, 8, 3)))
+    assert (layer.name, layer.kind) == ("model", "conv")
+    assert layer.macs == 8 * 8 * 9 * 3 * 4
+
+
+def test_inputs_of_transposed_convolutions_are_recorded():
+    model, x = UpNnx(False, nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (1, 8, 8, 3))
+    found = hwmodel.record_activations(model, x)
+    assert found["up"].shape == (1, 4, 4, 8)

@@ -39,9 +39,15 @@ def test_einsums_are_products_by_their_labels(equation, lhs, rhs, expected):
     assert layer.output_words == out.size
 
 
+@pytest.mark.parametrize(("groups", "expected"), [(1, (6, 40, 8, 1)), (2, (3, 40, 4, 2))])
+def test_a_convolution_of_dilated_inputs_is_transposed(groups, expected):
+    out = (5, 4, 16)
+    options = {"window_strides": (1,), "padding": [(1, 1)], "feature_group_count": groups}
+    layer = convolution("c", (5, 6, 8), (4, 6 // groups, 2), out, lhs_dilation=(2,), **options)
+    assert (layer.K, layer.P, layer.M, layer.groups) == expected
+
+
 def test_convolutions_that_are_not_modelled_are_refused():
     options = {"window_strides": (1,), "padding": "VALID"}
-    with pytest.raises(ValueError, match="c: transposed"):
-        convolution("c", (1, 3, 8), (4, 3, 2), (1, 4, 7), lhs_dilation=(2,), **options)
     with pytest.raises(ValueError, match="c: convolutions grouped over the batch"):
         convolution("c", (2, 3, 8), (4, 3, 2), (1, 4, 7), batch_group_count=2, **options)
