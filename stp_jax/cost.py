@@ -165,7 +165,7 @@ def _integers(model: Any, kinds: Mapping[str, str]) -> dict[str, np.ndarray]:
 
 
 def _budgets(model: Any, kinds: Mapping[str, str]) -> dict[str, Any]:
-    """Budgets by path; a transposed convolution has a product's filters at every window position."""
+    """Budgets by path, of a transposed convolution at every position of its window."""
     found = budgets(model)
     for path, quantized in quantized_layers(model).items():
         if quantized.layer.kind == "conv_transpose" and kinds.get(path) != "conv":

@@ -323,6 +323,11 @@ def _check_layers(layers: Mapping[str, QuantizedLayer]) -> None:
                 f"layer {path!r}: weight_scale='max' leaves no scale to fit; use 'search' or "
                 "'learned'"
             )
+        if _takes_part(layer.layer) and layer.rule.power_of_two_scales:
+            raise ValueError(
+                f"layer {path!r}: power_of_two_scales does not let its scale be fitted; use "
+                "stp_jax.compensate"
+            )
     if not any(_takes_part(layer.layer) for layer in layers.values()):
         raise ValueError("no quantized layer is dense or a convolution")
 

@@ -72,3 +72,10 @@ def test_only_tied_embeddings_get_budgets(tmp_path):
         check_model(make(tmp_path, model="lstm_lm", **text))
     with pytest.raises(ConfigError, match="resnet20 is none: it has none"):
         check_model(make(tmp_path, model="resnet20", embeddings=True, check_integers=False))
+
+
+def test_models_that_cannot_be_reconstructed_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"fit=reconstruct: layer 'rnn.* runs more than once"):
+        check_model(make(tmp_path, data="python_docs", model="lstm_lm", fit="reconstruct"))
+    with pytest.raises(ConfigError, match="power_of_two_scales"):
+        check_model(make(tmp_path, model="mlp", fit="reconstruct", integer_network=True))

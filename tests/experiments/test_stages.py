@@ -10,7 +10,8 @@ from rich.console import Console
 import stp_jax
 from experiments import configs, stages
 from experiments.config import STAGE_NAMES, ConfigError, override
-from experiments.context import data_seed, make_context
+from experiments.context import data_seed, make_context, make_model
+from stp_jax import export
 
 SMALL = [
     "model_options.hidden=8",
@@ -89,6 +90,21 @@ def test_the_test_examples_are_read_at_the_end_or_not_at_all(tmp_path, folder, m
     later = stages.train(make(tmp_path / "unread", folder))
     assert splits == ["test"] * measured
     assert later.test == outcome.test
+
+
+def test_reconstruction_brings_the_projected_model_nearer_to_the_float_one(tmp_path, folder):
+    order = "stages=float,int8,allocated,projected"
+    errors = {}
+    for fit in ("none", "reconstruct"):
+        settings = [order, f"fit={fit}", "terms_per_weight=0.5", "test=false"]
+        context = make(tmp_path / fit, folder, *settings)
+        stp = stages.train(context).model
+        float_model = make_model(context)
+        export.load_variables(float_model, tmp_path / fit / "run" / "float.safetensors")
+        float_model.eval()
+        x = next(context.dataset.eval_batches(batch_size=128, split="validation"))["input"]
+        errors[fit] = float(np.mean((stp(x) - float_model(x)) ** 2))
+    assert errors["reconstruct"] < 0.7 * errors["none"]
 
 
 def test_the_last_stage_may_be_in_integers_throughout(tmp_path, folder):
