@@ -281,6 +281,41 @@ def state_shardings(context: Context, state: TrainState) -> TrainState:
     return TrainState(params, whole.rest, opt_state)
 
 
+def prepare_stage(
+    context: Context, model: nnx.Module, stage: Training, teacher: nnx.Module | None = None
+) -> tuple[nnx.GraphDef, TrainState, Callable]:
+    """What a stage of at least one step starts from.
+
+    Returns:
+      The graph definition of the model in training mode, the first state on the devices, and the
+      step (`make_train_step`).
+    """
+    c = context.config
+    steps = round(stage.epochs * context.steps_per_epoch)
+    model.train()
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
+    tx = make_optimizer(
+        c,
+        lr=stage.lr,
+        steps=steps,
+        guidance=_guidance(c, model, stage, steps),
+        learned_scales=not stage.in_float,
+        budgets=stage.price is not None,
+    )
+    state = TrainState(params, rest, tx.init(params))
+    state = jax.tree.map(jnp.copy, state)  # steps donate it, and the caller keeps its model
+    shardings = state_shardings(context, state)
+    train_step = make_train_step(
+        graphdef,
+        tx,
+        make_loss(c, distill=stage.distill),
+        _frozen(teacher) if teacher is not None and stage.distill > 0 else None,
+        stage.price,
+        shardings,
+    )
+    return graphdef, jax.device_put(state, shardings), train_step
+
+
 def train_stage(
     context: Context, model: nnx.Module, stage: Training, teacher: nnx.Module | None = None
 ) -> nnx.Module:
@@ -295,28 +330,7 @@ def train_stage(
     steps = round(stage.epochs * context.steps_per_epoch)
     if steps == 0:
         return model
-    model.train()
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
-    tx = make_optimizer(
-        c,
-        lr=stage.lr,
-        steps=steps,
-        guidance=_guidance(c, model, stage, steps),
-        learned_scales=not stage.in_float,
-        budgets=stage.price is not None,
-    )
-    state = TrainState(params, rest, tx.init(params))
-    state = jax.tree.map(jnp.copy, state)  # steps donate it, and the caller keeps its model
-    shardings = state_shardings(context, state)
-    state = jax.device_put(state, shardings)
-    train_step = make_train_step(
-        graphdef,
-        tx,
-        make_loss(c, distill=stage.distill),
-        _frozen(teacher) if teacher is not None and stage.distill > 0 else None,
-        stage.price,
-        shardings,
-    )
+    graphdef, state, train_step = prepare_stage(context, model, stage, teacher)
     # A float model has no budgets, and a price comes with metrics of its own.
     shows_terms = not stage.in_float and stage.price is None
     terms = _terms_per_weight(context, model, stage, steps) if shows_terms else None
