@@ -57,6 +57,12 @@ class Program(NamedTuple):
     step: Any
     state: train.TrainState
     batch: dict[str, jax.Array]
+    teacher: nnx.State | None
+
+    @property
+    def arguments(self) -> tuple:
+        """Of the step."""
+        return self.state, self.batch, self.teacher
 
 
 def round_groups(groups, budget, importance, encoding, bits, limit) -> jax.Array:
@@ -97,8 +103,8 @@ def programs(context: Context, names: list[str]) -> dict[str, Program]:
         model, options = every[name]
         teacher = nnx.clone(float_model)
         stage = train.Training(name, **options)
-        _, state, step = train.prepare_stage(context, nnx.clone(model), stage, teacher)
-        made[name] = Program(step, state, batch)
+        _, state, step, taught = train.prepare_stage(context, nnx.clone(model), stage, teacher)
+        made[name] = Program(step, state, batch, taught)
     return made
 
 
@@ -106,7 +112,7 @@ def compile_step(program: Program) -> tuple[Any, Times]:
     """The compiled step and how long its compilation took."""
     jax.clear_caches()
     clock = [time.perf_counter()]
-    traced = program.step.trace(program.state, program.batch)
+    traced = program.step.trace(*program.arguments)
     clock.append(time.perf_counter())
     lowered = traced.lower()
     clock.append(time.perf_counter())
@@ -124,7 +130,7 @@ def run_time(compiled: Any, program: Program) -> float:
     """Seconds of one warm step; a step donates its state."""
     state = jax.block_until_ready(jax.tree.map(jnp.copy, program.state))
     start = time.perf_counter()
-    jax.block_until_ready(compiled(state, program.batch))
+    jax.block_until_ready(compiled(state, *program.arguments[1:]))
     return time.perf_counter() - start
 
 
@@ -147,7 +153,7 @@ def measure(made: dict[str, Program], repeats: int, calls: int) -> None:
         ratio = np.median([a.total / b.total for a, b in zip(*map(compilations.get, (name, base)))])
         trace, lower, backend = np.median(compilations[name], axis=0)
         total = np.median([times.total for times in compilations[name]])
-        before = instructions(program.step.lower(program.state, program.batch).as_text("hlo"))
+        before = instructions(program.step.lower(*program.arguments).as_text("hlo"))
         after = instructions(compiled[name].as_text())
         call = np.median(calling[name][1:])
         slower = np.median(np.divide(calling[name][1:], calling[base][1:]))

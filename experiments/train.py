@@ -178,26 +178,29 @@ def make_train_step(
     graphdef: nnx.GraphDef,
     tx: optax.GradientTransformationExtraArgs,
     loss: Callable[..., jax.Array],
-    teacher: Callable[[jax.Array], jax.Array] | None,
+    teacher: nnx.GraphDef | None,
     price: Callable[[nnx.Module], tuple[jax.Array, dict[str, jax.Array]]] | None,
     shardings: TrainState,
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array], jax.Array]]:
+) -> Any:
     """The jit-compiled step; budgets are traced, so that annealing them compiles nothing.
 
     Args:
       graphdef: of the model.
       tx: the optimizer.
       loss: (logits, labels, soft labels) → loss.
-      teacher: images → logits for the soft labels.
+      teacher: of the model whose logits are the soft labels, if there is one.
       price: model → what its budgets add to the loss, and metrics of theirs.
       shardings: of the state, before and after the step.
 
     Returns:
-      (state, batch) → the new state, metrics, and which leaves of `Watched` are not finite.
+      (state, batch, the teacher's state) → the new state, metrics, and which leaves of `Watched`
+      are not finite. Without a teacher its state is None.
     """
 
-    def step(state: TrainState, batch: dict[str, jax.Array]):
-        soft = None if teacher is None else teacher(batch["input"])
+    def step(state: TrainState, batch: dict[str, jax.Array], taught: nnx.State | None):
+        soft = None
+        if teacher is not None:
+            soft = jax.lax.stop_gradient(nnx.merge(teacher, taught)(batch["input"]))
 
         def forward(params: nnx.State) -> tuple[jax.Array, tuple[jax.Array, nnx.State, dict]]:
             model = nnx.merge(graphdef, params, state.rest, copy=True)
@@ -281,15 +284,19 @@ def state_shardings(context: Context, state: TrainState) -> TrainState:
     return TrainState(params, whole.rest, opt_state)
 
 
+class Prepared(NamedTuple):
+    """What a stage starts from."""
+
+    graphdef: nnx.GraphDef  # of the model in training mode
+    state: TrainState  # on the devices
+    step: Any  # as by `make_train_step`
+    teacher: nnx.State | None  # on the devices: a step's argument, since XLA is slow on constants
+
+
 def prepare_stage(
     context: Context, model: nnx.Module, stage: Training, teacher: nnx.Module | None = None
-) -> tuple[nnx.GraphDef, TrainState, Callable]:
-    """What a stage of at least one step starts from.
-
-    Returns:
-      The graph definition of the model in training mode, the first state on the devices, and the
-      step (`make_train_step`).
-    """
+) -> Prepared:
+    """The step of a stage of at least one step, and what it takes."""
     c = context.config
     steps = round(stage.epochs * context.steps_per_epoch)
     model.train()
@@ -305,15 +312,14 @@ def prepare_stage(
     state = TrainState(params, rest, tx.init(params))
     state = jax.tree.map(jnp.copy, state)  # steps donate it, and the caller keeps its model
     shardings = state_shardings(context, state)
-    train_step = make_train_step(
-        graphdef,
-        tx,
-        make_loss(c, distill=stage.distill),
-        _frozen(teacher) if teacher is not None and stage.distill > 0 else None,
-        stage.price,
-        shardings,
-    )
-    return graphdef, jax.device_put(state, shardings), train_step
+    taught_by, taught = None, None
+    if teacher is not None and stage.distill > 0:
+        teacher.eval()
+        taught_by, taught = nnx.split(teacher)
+        taught = jax.device_put(taught, sharding.replicated(context.mesh))
+    loss = make_loss(c, distill=stage.distill)
+    train_step = make_train_step(graphdef, tx, loss, taught_by, stage.price, shardings)
+    return Prepared(graphdef, jax.device_put(state, shardings), train_step, taught)
 
 
 def train_stage(
@@ -330,7 +336,7 @@ def train_stage(
     steps = round(stage.epochs * context.steps_per_epoch)
     if steps == 0:
         return model
-    graphdef, state, train_step = prepare_stage(context, model, stage, teacher)
+    graphdef, state, train_step, taught = prepare_stage(context, model, stage, teacher)
     # A float model has no budgets, and a price comes with metrics of its own.
     shows_terms = not stage.in_float and stage.price is None
     terms = _terms_per_weight(context, model, stage, steps) if shows_terms else None
@@ -347,7 +353,7 @@ def train_stage(
         ) as log:
             for step in range(start + 1, steps + 1):
                 batch = context.to_devices(next(batches))
-                state, metrics, flags = train_step(state, batch)
+                state, metrics, flags = train_step(state, batch, taught)
                 watch.note(step, flags)
                 log.step(step)
                 stop = processes.pending()
@@ -379,10 +385,3 @@ def _refuse_nonfinite(stage: Training, start: int, state: TrainState) -> None:
     found = name_nonfinite(names, jax.jit(nonfinite)(state))
     if found:
         raise TrainingError(f"{stage.name}, before step {start + 1}: not finite: {found}")
-
-
-def _frozen(model: nnx.Module) -> Callable[[jax.Array], jax.Array]:
-    """The model in evaluation mode as a function of its input, with constant parameters."""
-    model.eval()
-    graphdef, state = nnx.split(model)
-    return lambda image: jax.lax.stop_gradient(nnx.merge(graphdef, state)(image))  # type: ignore

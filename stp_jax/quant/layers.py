@@ -23,6 +23,7 @@ from stp_jax.terms.activations import quantize_activations
 from stp_jax.terms.groups import GroupLayout
 from stp_jax.terms.quantizers import (
     POWER_RATIOS,
+    TINY,
     max_scale,
     power_of_two,
     project_scaled,
@@ -30,8 +31,6 @@ from stp_jax.terms.quantizers import (
     quantize_weights_relaxed,
     search_scale,
 )
-
-_TINY = 1e-12  # keeps a learned scale off zero
 
 
 class KernelAxes(NamedTuple):
@@ -240,7 +239,7 @@ class LayerFormat:
             fixed = jax.lax.stop_gradient(self._cut(kernel))
             largest = max_scale(fixed, axes=self._cut_axes.scale, bits=self.rule.bits)
             return self._rounded(largest, up=True)
-        return self._rounded(jnp.maximum(jnp.abs(self._cut_shared(stored)), _TINY))
+        return self._rounded(jnp.maximum(jnp.abs(self._cut_shared(stored)), TINY))
 
     def _rounded(self, scale: jax.Array, *, up: bool = False) -> jax.Array:
         """A scale as the rule allows it."""
@@ -339,9 +338,7 @@ class LayerFormat:
         """The input on its integer grid; float where the rule says so or before calibration."""
         if self.rule.activations == "none":
             return x
-        scale = self.input_scale(x, stored)
-        quantized = self._quantize_input(x, jnp.maximum(scale, _TINY).reshape((1,) * x.ndim))
-        return quantized if stored is None else jnp.where(scale > 0, quantized, x)
+        return self._quantize_input(x, self.input_scale(x, stored).reshape((1,) * x.ndim))
 
     def _quantize_input(self, x: jax.Array, scale: jax.Array) -> jax.Array:
         rule = self.rule

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from stp_jax.terms.encodings import Encoding, check_encoding, max_terms
 from stp_jax.terms.projection import METHODS, Method
-from stp_jax.terms.quantizers import check_scale, scale_cotangent
+from stp_jax.terms.quantizers import TINY, check_scale, scale_cotangent
 
 
 def check_activation_terms(terms: int | None) -> None:
@@ -89,10 +89,16 @@ def activation_integers(
     return limit_terms(q, terms, method=method, encoding=encoding, bits=bits)
 
 
+def _known(scale: jax.Array) -> jax.Array:
+    """A scale to divide by, also where there is none yet."""
+    return jnp.maximum(scale, TINY)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def _quantize(x, scale, bits, terms, method, encoding):
-    q = activation_integers(x, scale, bits=bits, terms=terms, method=method, encoding=encoding)
-    return scale * q
+    known = _known(scale)
+    q = activation_integers(x, known, bits=bits, terms=terms, method=method, encoding=encoding)
+    return jnp.where(scale > 0, known * q, x)
 
 
 def _quantize_fwd(x, scale, *static):
@@ -102,10 +108,11 @@ def _quantize_fwd(x, scale, *static):
 
 def _quantize_bwd(bits, terms, method, encoding, residuals, g):
     x, scale, quantized = residuals
-    largest = (1 << (bits - 1)) - 1
-    u, v = x / scale, jnp.round(quantized / scale)
-    inside = jnp.abs(u) <= largest
-    return jnp.where(inside, g, jnp.float32(0)), scale_cotangent(g, u, v, largest, scale)
+    largest, known, zero = (1 << (bits - 1)) - 1, _known(scale), jnp.float32(0)
+    u, v = x / known, jnp.round(quantized / known)
+    passes = (jnp.abs(u) <= largest) | (scale <= 0)
+    to_scale = jnp.where(scale > 0, scale_cotangent(g, u, v, largest, known), zero)
+    return jnp.where(passes, g, zero), to_scale
 
 
 _quantize.defvjp(_quantize_fwd, _quantize_bwd)
@@ -126,7 +133,7 @@ def quantize_activations(
 
     Args:
       x: float activations of any shape; computed in float32.
-      scale: positive float, as many axes as x, each 1 or equal.
+      scale: float, as many axes as x, each 1 or equal; where it is 0, x stays as it is.
       bits: width of the integers, 2 or more; they reach ``±(2**(bits - 1) - 1)``.
       terms: the most terms of an integer (s of term revealing); None keeps all.
       method, encoding: how integers are cut to their terms; see `limit_terms`.

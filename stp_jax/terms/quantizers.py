@@ -35,6 +35,7 @@ from stp_jax.terms.projection import (
     project,
 )
 
+TINY = 1e-12  # keeps a learned scale off zero
 # Scales that a search for powers of two tries, over the one that just reaches the largest value.
 POWER_RATIOS = np.exp2(-np.arange(4, dtype=np.float32))
 
