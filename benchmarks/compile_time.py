@@ -1,12 +1,13 @@
-"""Time to trace, lower and compile the train steps of a run, and to run them, beside the float step.
+"""Time to trace, lower and compile the train steps of a run, and to run them.
 
     python benchmarks/compile_time.py [--exp stp_resnet18] [--set key=value …] [--repeats 3]
 
 The steps are those of the experiment's stages (`experiments.stages`), on its data. `rounded` is the
 retraining step with a projection that only rounds: int8 fake quantization alone, without budgets.
 `retrained` and `rounded` hold the float teacher of the distillation as well, as `float_retrained`
-does. Steps take turns; medians of wall time, JAX's caches cleared before every trace, nothing read
-from disk. A call is one step, warm.
+does. Steps take turns; medians of seconds of wall time, JAX's caches cleared before every trace,
+nothing read from disk; ratios to the first step, of wall and of CPU time, since the second is the
+steadier one on a busy machine. HLO: instructions as lowered, and as optimised. A call is one step.
 """
 
 from __future__ import annotations
@@ -44,11 +45,8 @@ class Times(NamedTuple):
     trace: float
     lower: float
     backend: float  # XLA
-
-    @property
-    def total(self) -> float:
-        """From the call to the program."""
-        return sum(self)
+    wall: float  # of all three
+    cpu: float
 
 
 class Program(NamedTuple):
@@ -111,14 +109,15 @@ def programs(context: Context, names: list[str]) -> dict[str, Program]:
 def compile_step(program: Program) -> tuple[Any, Times]:
     """The compiled step and how long its compilation took."""
     jax.clear_caches()
-    clock = [time.perf_counter()]
+    clock, cpu = [time.perf_counter()], time.process_time()
     traced = program.step.trace(*program.arguments)
     clock.append(time.perf_counter())
     lowered = traced.lower()
     clock.append(time.perf_counter())
     compiled = lowered.compile()
     clock.append(time.perf_counter())
-    return compiled, Times(*np.diff(clock).tolist())
+    cpu = time.process_time() - cpu
+    return compiled, Times(*np.diff(clock).tolist(), clock[-1] - clock[0], cpu)
 
 
 def instructions(hlo: str) -> int:
@@ -146,20 +145,21 @@ def measure(made: dict[str, Program], repeats: int, calls: int) -> None:
     for _ in range(1 + calls):
         for name, program in made.items():
             calling[name].append(run_time(compiled[name], program))
-    print(f"{'step':16}   trace   lower     XLA     all  ratio    HLO  optimised   call: s  ratio")
+    print("step               trace   lower     XLA     all  ratio  CPU: s  ratio", end="")
+    print("     HLO  optimised  call: s  ratio")
     base = next(iter(made))
     for name, program in made.items():
         # Ratios within a round compare neighbours in time.
-        ratio = np.median([a.total / b.total for a, b in zip(*map(compilations.get, (name, base)))])
-        trace, lower, backend = np.median(compilations[name], axis=0)
-        total = np.median([times.total for times in compilations[name]])
+        wall, cpu = np.median(np.divide(compilations[name], compilations[base]), axis=0)[3:]
+        trace, lower, backend, total, busy = np.median(compilations[name], axis=0)
         before = instructions(program.step.lower(*program.arguments).as_text("hlo"))
         after = instructions(compiled[name].as_text())
         call = np.median(calling[name][1:])
         slower = np.median(np.divide(calling[name][1:], calling[base][1:]))
         print(
-            f"{name:16} {trace:7.2f} {lower:7.2f} {backend:7.2f} {total:7.2f} {ratio:6.2f} "
-            f"{before:6} {after:10} {call:9.4f} {slower:6.2f}"
+            f"{name:16} {trace:7.2f} {lower:7.2f} {backend:7.2f} {total:7.2f} {wall:6.2f} "
+            f"{busy:7.2f} {cpu:6.2f} {before:7} {after:10} {call:8.4f} {slower:6.2f}",
+            flush=True,
         )
 
 

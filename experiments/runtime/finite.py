@@ -37,12 +37,12 @@ def nonfinite(tree: Any) -> jax.Array:
     for i, leaf in enumerate(leaves):
         key = (leaf.size, leaf.dtype) if leaf.size <= _SMALL else i
         together.setdefault(key, []).append(i)
-    flags = []
+    sums = []
     for members in together.values():
         x = jnp.stack([leaves[i].reshape(-1) for i in members])
-        flags.append(jnp.isnan(jnp.sum(x - x, axis=1)))
+        sums.append(jnp.sum(x - x, axis=1))
     order = np.concatenate(list(together.values()))
-    return jnp.concatenate(flags)[np.argsort(order)]
+    return jnp.isnan(jnp.concatenate(sums))[np.argsort(order)]
 
 
 def name_nonfinite(names: Sequence[str], flags: Any, *, most: int = 3) -> str:

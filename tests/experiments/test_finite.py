@@ -41,6 +41,23 @@ def test_leaves_are_flagged_by_their_path():
     np.testing.assert_array_equal(jax.jit(finite.nonfinite)(tree), [False, True, True])
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_every_leaf_is_flagged_alone_whatever_its_size(bad):
+    """Leaves of one size are looked at together, large ones alone; the largest float is finite."""
+    shapes = [(3,), (), (100, 50), (3, 1), (2,), (100, 50), ()]
+    dtypes = [jnp.float32] * 5 + [jnp.bfloat16] * 2
+    leaves = [
+        jnp.full(shape, jnp.finfo(dtype).max, dtype)
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    ]
+    flags = jax.jit(finite.nonfinite)
+    assert not np.any(flags(leaves))
+    for i, leaf in enumerate(leaves):
+        damaged = list(leaves)
+        damaged[i] = leaf.ravel().at[-1].set(bad).reshape(leaf.shape)
+        np.testing.assert_array_equal(flags(damaged), np.arange(len(leaves)) == i)
+
+
 def test_only_the_first_bad_step_is_told():
     watch = finite.Watch(["x", "y"])
     for step, flags in enumerate([[0, 0], [0, 1], [1, 1]], start=5):

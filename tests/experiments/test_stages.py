@@ -4,11 +4,12 @@ import json
 
 import jax
 import numpy as np
+import optax
 import pytest
 from rich.console import Console
 
 import stp_jax
-from experiments import configs, stages
+from experiments import configs, stages, train
 from experiments.config import STAGE_NAMES, ConfigError, override
 from experiments.context import data_seed, make_context, make_model
 from stp_jax import export
@@ -41,6 +42,31 @@ def folder(tmp_path_factory):
 
 def test_the_default_stages_exist():
     assert set(STAGE_NAMES) <= set(stages.STAGES)
+
+
+def test_the_teacher_is_an_argument_of_the_step(tmp_path, folder):
+    """Its weights are no constants of the program, and its labels enter the loss."""
+    context = make(tmp_path, folder)
+    model, teachers = make_model(context), [make_model(context), make_model(context)]
+    teachers[1].layers[0].kernel[...] *= -1.0
+    stage = train.Training("float_retrained", 1.0, 0.01, in_float=True, distill=0.5)
+    batch = context.to_devices(next(context.train_iterator("float")))
+    losses = []
+    for teacher in teachers:
+        _, state, step, taught = train.prepare_stage(context, model, stage, teacher)
+        constants = step.trace(state, batch, taught).jaxpr.consts
+        assert all(np.ndim(constant) < 2 for constant in constants)  # no kernel
+        losses.append(float(step(state, batch, taught)[1]["loss"]))
+    assert losses[0] != losses[1]
+
+
+def test_a_tabulated_schedule_is_the_schedule():
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 0.1, 3, 20)
+    table = jax.jit(train.tabulated(schedule, 20))
+    steps = [0, 1, 3, 11, 19, 20, 25]
+    np.testing.assert_allclose(
+        [table(step) for step in steps], [schedule(step) for step in steps], rtol=1e-6, atol=1e-9
+    )
 
 
 def test_a_stage_of_one_s_own_is_one_entry(tmp_path, folder, monkeypatch):

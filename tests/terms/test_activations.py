@@ -83,6 +83,24 @@ def test_gradients_pass_straight_through_and_follow_lsq(most):
     np.testing.assert_allclose(to_scale[0, 0], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("most", [None, 1])
+def test_a_scale_of_zero_lets_values_and_gradients_pass(most):
+    """What an input without calibration needs; the scale of 2 beside it quantizes."""
+    x = jnp.asarray([[0.3, -700.0, 6.1], [0.3, -700.0, 6.1]], jnp.float32)
+    scale = jnp.asarray([[0.0], [2.0]], jnp.float32)
+    g = jnp.asarray([[1.0, -2.0, 0.5], [1.0, -2.0, 0.5]], jnp.float32)
+    q, vjp = jax.vjp(lambda x, s: terms.quantize_activations(x, s, terms=most), x, scale)
+    to_x, to_scale = vjp(g)
+    np.testing.assert_array_equal(q[0], x[0])
+    np.testing.assert_array_equal(to_x, [g[0], [1.0, 0.0, 0.5]])
+    assert to_scale[0, 0] == 0.0
+    alone, vjp = jax.vjp(
+        lambda x, s: terms.quantize_activations(x, s, terms=most), x[1:], scale[1:]
+    )
+    np.testing.assert_array_equal(q[1:], alone)
+    np.testing.assert_array_equal(to_scale[1:], vjp(g[1:])[1])
+
+
 def test_dtype_is_kept_and_vmap_is_a_loop():
     x = jnp.linspace(-3, 3, 24, dtype=jnp.bfloat16).reshape(2, 3, 4)
     scale = jnp.full((1, 1), 0.05, jnp.float32)
