@@ -3,8 +3,8 @@
     python -m experiments.results_page runs/compare_methods runs/compare_projections
 
 copies the results of the runs to ``docs/results/EXPERIMENT.json``, without the paths of the machine
-they ran on, and writes ``docs/results.md`` and its plot from what lies there. ``--longer RUN`` does
-so with a comparison of the same methods over more steps, for the page's section on longer training.
+they ran on, and writes ``docs/results.md`` and its plot from what lies there. ``--second RUN`` does
+so with a comparison from another start, over more steps or methods, for a section of its own.
 No number on the page is typed by hand; a test writes it again and compares.
 """
 
@@ -25,9 +25,9 @@ from stp_jax.export.card import table as markdown_table
 
 DOCS = Path(__file__).parents[1] / "docs"
 DATA = DOCS / "results" / "compare_methods.json"
-LONGER = DATA.with_name("compare_methods_longer.json")
+SECOND = DATA.with_name("compare_methods_second.json")
 PROJECTIONS = DATA.with_name("compare_projections.json")
-STORED = (DATA, LONGER, PROJECTIONS)
+STORED = (DATA, SECOND, PROJECTIONS)
 COMMAND = "python -m experiments.results_page"
 _STYLES = {"ours": ("o", "-"), "rival": ("s", "--"), "part": ("^", ":")}
 
@@ -126,33 +126,36 @@ def _by_steps(table: pd.DataFrame, methods: Mapping[str, Any]) -> list[str]:
     if not rows:
         return []
     return [
-        "Validation top-1, %, after as many steps as the column says:",
+        "In the first comparison, validation top-1, %, after as many steps as the column says:",
         markdown_table(["terms per weight", "method", *(f"{n:,}" for n in numbers)], rows),
     ]
 
 
-def _longer(results: Mapping[str, Any], longer: Mapping[str, Any] | None) -> list[str]:
-    """What more steps bring, in a comparison of its own and in the one of the page."""
+def _second(results: Mapping[str, Any], second: Mapping[str, Any] | None) -> list[str]:
+    """The second comparison, and what more steps brought in the first."""
     text = []
-    if longer:
-        table, start = summary(longer), longer["start"]["validation_top1_percent"]["float"]
+    if second:
+        table, start = summary(second), second["start"]["validation_top1_percent"]["float"]
         table = table.sort_values(["terms", "steps"], ascending=[False, True], kind="stable")
         rows = [
             [
                 _number(row["terms"], "g"),
                 f"{row['steps']:,}",
-                longer["methods"][row["method"]]["title"],
+                second["methods"][row["method"]]["title"],
                 *_accuracy(row),
             ]
             for row in table.to_dict("records")
         ]
         text = [
-            f"A comparison of its own, from a float model made in the same way (validation "
-            f"{start:.2f} %), with the same settings at every number of steps:",
+            "A comparison of its own: every method starts from one float model, which was made as "
+            f"that of the first (validation {start:.2f} %), and trains with the same settings. "
+            "*Reconstructed first*: after the projection, `stp_jax.reconstruct` fits the layers to "
+            "the float model's outputs on the calibration images, without labels, and retraining "
+            "goes on from there (`fit=reconstruct`).",
             markdown_table(["terms per weight", "steps", "method", *_ACCURACY], rows),
         ]
     text += _by_steps(summary(results, "validation"), results["methods"])
-    return ["## Longer training", *text] if text else []
+    return ["## More steps, and reconstruction first", *text] if text else []
 
 
 def _layers(results: Mapping[str, Any]) -> list[str]:
@@ -196,14 +199,14 @@ def _projections(study: Mapping[str, Any]) -> list[str]:
 
 def page(
     results: Mapping[str, Any],
-    longer: Mapping[str, Any] | None = None,
+    second: Mapping[str, Any] | None = None,
     study: Mapping[str, Any] | None = None,
 ) -> str:
     """The page in Markdown.
 
     Args:
       results: what `experiments.comparison.gather` wrote.
-      longer: the same of a comparison over more steps, if there is one.
+      second: the same of a second comparison, if there is one.
       study: what the experiment ``compare_projections`` wrote, if it was run.
     """
     config, base, methods = results["comparison"], results["config"], results["methods"]
@@ -240,7 +243,7 @@ def page(
         _methods(results, table[first & kinds.isin(["ours", "rival"])]),
         "![Top-1 over computational energy saving](images/results_pareto.png)",
         *_parts(results, table[first & (kinds == "part")]),
-        *_longer(results, longer),
+        *_second(results, second),
         *_layers(results),
         *(_projections(study) if study else []),
     ]
@@ -297,18 +300,18 @@ def main(arguments: list[str]) -> int:
     """Writes the page from runs' folders, or again from the stored results."""
     parser = argparse.ArgumentParser(prog=COMMAND, description="Writes the results page.")
     parser.add_argument("runs", nargs="*", type=Path, help="folders of finished comparisons")
-    parser.add_argument("--longer", type=Path, help="that of a comparison over more steps")
+    parser.add_argument("--second", type=Path, help="that of a second comparison")
     given = parser.parse_args(arguments)
-    for folder in filter(None, [*given.runs, given.longer]):
+    for folder in filter(None, [*given.runs, given.second]):
         source = folder / "results.json"
         results = json.loads(source.read_text()) if source.is_file() else {}
-        known = (DATA,) if folder == given.longer else (DATA, PROJECTIONS)
+        known = (DATA,) if folder == given.second else (DATA, PROJECTIONS)
         stored = next((p for p in known if p.stem == results.get("experiment")), None)
         if stored is None:
             names = " or ".join(path.stem for path in known)
             print(f"error: {source} is not the result of --exp={names}")
             return 2
-        (LONGER if folder == given.longer else stored).write_text(_portable(results))
+        (SECOND if folder == given.second else stored).write_text(_portable(results))
     if not DATA.exists():
         print(f"error: there are no results of --exp={DATA.stem} yet; name that run's folder")
         return 2
