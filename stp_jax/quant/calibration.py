@@ -104,9 +104,10 @@ def calibrate(
       model: an STP model; a Linen one with its variables.
       batches: inputs, each given to the model as its only argument.
       call: how to call the model on a batch otherwise, as ``lambda model, batch: model(*batch)``.
+        What it returns has to depend on the layers of a Linen model.
 
     Raises:
-      ValueError: there is no batch, or one holds NaN or infinity.
+      ValueError: there is no batch, or one holds NaN or infinity; ``call`` returns nothing.
       TypeError: batches is an array.
     """
     check_batches(batches)

@@ -155,8 +155,12 @@ class _Quantizer:
         scale = self._required("activation_scale", start)
         if self.run.observe is None:
             return format.quantize_input(x, scale)
-        jax.debug.callback(self.run.observe, scale.reshape(()), format.observe_input(x))
-        return x
+        # A callback without effects, for Flax runs a scan's body once more to see what is constant
+        # there, and takes what has effects for a dependency. Its zero keeps it alive.
+        seen = (scale.reshape(()), format.observe_input(x))
+        zero = jax.ShapeDtypeStruct((), jnp.float32)
+        zero = jax.pure_callback(self.run.observe, zero, *seen, vmap_method="sequential")
+        return x + zero.astype(x.dtype)
 
     def _stored(self, name: str, start: Callable[[], jax.Array] | None) -> jax.Array | None:
         """A stored value; where it is missing, ``start()`` if state is created, else None."""
@@ -573,18 +577,23 @@ def _observe_inputs(model: BoundModel, batches: Iterable[Any], call: Callable) -
     slots, numbered = _numbered(model.variables)
     best = np.zeros(sum(leaf.size for leaf in slots.values()), np.float32)
 
-    def record(slot: jax.Array, scale: jax.Array) -> None:
+    def record(slot: jax.Array, scale: jax.Array) -> np.ndarray:
         best[int(slot)] = max(best[int(slot)], float(scale))
+        return np.zeros((), np.float32)
 
     @jax.jit
-    def observe(variables: Any, batch: Any) -> None:
-        call(_ObservedModel(model.module, variables, stp=model.stp, record=record), batch)
+    def observe(variables: Any, batch: Any) -> Any:
+        outputs = call(_ObservedModel(model.module, variables, stp=model.stp, record=record), batch)
+        if not jax.tree.leaves(outputs):
+            raise ValueError(
+                "call must return the model's outputs: a layer is seen where they depend on it"
+            )
+        return outputs
 
     count = 0
     for batch in batches:
-        observe(numbered, batch)
+        jax.block_until_ready(observe(numbered, batch))
         count += 1
-    jax.effects_barrier()
     if count:
         found = {key: jnp.asarray(best[leaf]) for key, leaf in slots.items()}
         model.variables = hooks.replace_variables(model.variables, found)

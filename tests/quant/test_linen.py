@@ -150,6 +150,13 @@ def test_calibrated_outputs_stay_near_the_float_modules(resnet):
     assert 0 < jnp.abs(out - exact).max() < 0.5 * jnp.abs(exact).max()
 
 
+def test_a_call_that_returns_nothing_calibrates_nothing_and_is_refused():
+    model = quantize(nn.Dense(4))
+    bound = model.bind(init(model, X))
+    with pytest.raises(ValueError, match="must return the model's outputs"):
+        stp_jax.calibrate(bound, [X], call=lambda m, x: None)
+
+
 def groups_of(integers, axes, group_size):
     moved = np.moveaxis(integers, axes, range(len(axes)))
     moved = moved.reshape(-1, *moved.shape[len(axes) :])

@@ -91,21 +91,23 @@ class _Walk:
 
     def _scan(self, eqn: Any, marked: bool) -> None:
         """Each step anew, for what a step reads is what the one before it wrote."""
-        params, jaxpr = eqn.params, eqn.params["jaxpr"].jaxpr
-        fixed, carried = params["num_consts"], params["num_consts"] + params["num_carry"]
+        jaxpr = eqn.params["jaxpr"].jaxpr
+        of_carry = len(eqn.outvars) - _stacked(eqn.outvars, jaxpr.outvars)
+        carried = len(eqn.invars) - _stacked(eqn.invars, jaxpr.invars)
         values = list(map(self.value, eqn.invars))
-        consts, carry, xs = values[:fixed], values[fixed:carried], values[carried:]
+        consts, carry = values[: carried - of_carry], values[carried - of_carry : carried]
+        xs = values[carried:]
         stacked: list[list[Value]] = []
-        for _ in range(params["length"]):
+        for _ in range(eqn.params["length"]):
             before = len(self.reader.layers)
             self._set(jaxpr.invars, [*consts, *carry, *xs])
             self.run(jaxpr, marked=marked)
             outs = list(map(self.value, jaxpr.outvars))
-            carry = outs[: params["num_carry"]]
-            stacked.append(outs[params["num_carry"] :])
+            carry = outs[:of_carry]
+            stacked.append(outs[of_carry:])
             if len(self.reader.layers) == before:  # no layers: a further step adds nothing
                 break
-        count = len(eqn.outvars) - params["num_carry"]
+        count = len(eqn.outvars) - of_carry
         ys = [joined((step[i], step[i].size) for step in stacked) for i in range(count)]
         self._set(eqn.outvars, [*carry, *ys])
 
@@ -209,6 +211,14 @@ def _mapped(layer: Layer, rows: int) -> Layer:
     more = ("channels", "filters", "groups") if layer.kind == "matmul" else ("batch",)
     extents: dict[str, Any] = {name: rows * getattr(layer, name) for name in more}
     return dataclasses.replace(layer, **extents)
+
+
+def _stacked(outer: Iterable[Any], inner: Iterable[Any]) -> int:
+    """How many operands, or results, of a scan have an axis of steps.
+
+    Its parameters say so too, by names that differ from one release of JAX to another.
+    """
+    return sum(a.aval.ndim > b.aval.ndim for a, b in zip(outer, inner, strict=True))
 
 
 def _is_call(eqn: Any, inner: Jaxpr) -> bool:
