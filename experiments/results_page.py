@@ -302,16 +302,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("runs", nargs="*", type=Path, help="folders of finished comparisons")
     parser.add_argument("--second", type=Path, help="that of a second comparison")
     given = parser.parse_args(arguments)
-    for folder in filter(None, [*given.runs, given.second]):
+    # Each folder, and where results go by their experiment.
+    sources = [(run, {path.stem: path for path in (DATA, PROJECTIONS)}) for run in given.runs]
+    if given.second:
+        sources.append((given.second, {DATA.stem: SECOND}))
+    for folder, stored in sources:
         source = folder / "results.json"
         results = json.loads(source.read_text()) if source.is_file() else {}
-        known = (DATA,) if folder == given.second else (DATA, PROJECTIONS)
-        stored = next((p for p in known if p.stem == results.get("experiment")), None)
-        if stored is None:
-            names = " or ".join(path.stem for path in known)
-            print(f"error: {source} is not the result of --exp={names}")
+        if results.get("experiment") not in stored:
+            print(f"error: {source} is not the result of --exp={' or '.join(stored)}")
             return 2
-        (SECOND if folder == given.second else stored).write_text(_portable(results))
+        stored[results["experiment"]].write_text(_portable(results))
     if not DATA.exists():
         print(f"error: there are no results of --exp={DATA.stem} yet; name that run's folder")
         return 2

@@ -246,6 +246,10 @@ class Training(NamedTuple):
     guide_to: Mapping[str, Any] | None = None  # layer → terms per group to be pulled to
     price: Callable | None = None  # of relaxed budgets, which are trained then (`energy_price`)
 
+    def steps(self, context: Context) -> int:
+        """The number of its steps."""
+        return round(self.epochs * context.steps_per_epoch)
+
 
 def _terms_per_weight(context: Context, model: nnx.Module, stage: Training, steps: int):
     """step → mean terms per weight that the budgets allow at that step, by weights of layers."""
@@ -308,7 +312,7 @@ def prepare_stage(
 ) -> Prepared:
     """The step of a stage of at least one step, and what it takes."""
     c = context.config
-    steps = round(stage.epochs * context.steps_per_epoch)
+    steps = stage.steps(context)
     model.train()
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
     tx = make_optimizer(
@@ -343,7 +347,7 @@ def train_stage(
       Interrupted: a signal asked the run to end; the step is finished and saved.
     """
     c = context.config
-    steps = round(stage.epochs * context.steps_per_epoch)
+    steps = stage.steps(context)
     if steps == 0:
         return model
     graphdef, state, train_step, taught = prepare_stage(context, model, stage, teacher)

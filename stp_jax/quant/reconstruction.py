@@ -310,7 +310,7 @@ def _takes_part(layer: KernelLayer) -> bool:
 
 
 def _check_layers(layers: Mapping[str, QuantizedLayer]) -> None:
-    """Raises ValueError for layers that no second model can run beside."""
+    """Raises ValueError for layers that cannot run beside a second model, or cannot be fitted."""
     for path, layer in layers.items():
         kind = layer.layer.kind
         if kind != "embed" and (layer.layer.product is None or layer.is_stacked):
@@ -330,6 +330,7 @@ def _check_layers(layers: Mapping[str, QuantizedLayer]) -> None:
             )
     if not any(_takes_part(layer.layer) for layer in layers.values()):
         raise ValueError("no quantized layer is dense or a convolution")
+    check_scale_by_filter(layers, "reconstruct")
 
 
 def _side_by_side(
@@ -443,7 +444,6 @@ def reconstruct(
     check_sweeps(sweeps)
     layers = quantized_layers(model)
     _check_layers(layers)
-    check_scale_by_filter(layers, "reconstruct")
     search = _Search(damping=damping, beam=beam, neighbours=neighbours, sweeps=sweeps)
     for layer in layers.values():
         if layer.rule.budget is not None:
@@ -457,22 +457,18 @@ def reconstruct(
     return losses
 
 
-def check_reconstruction(
-    model: Any, example: Any, call: Callable[[Any, Any], Any] = call_model
-) -> None:
+def check_reconstruction(model: Any, example: Any) -> None:
     """Runs a model without fitting it, to find what `reconstruct` would refuse.
 
     Args:
       model: an STP model, calibrated or not; it is left as it is.
-      example: a batch of inputs.
-      call: how to call the model on a batch otherwise.
+      example: a batch of inputs, the model's only argument.
 
     Raises:
       ValueError: as `reconstruct` does for layers that it cannot fit.
     """
     layers = quantized_layers(model)
     _check_layers(layers)
-    check_scale_by_filter(layers, "reconstruct")
     run: set[str] = set()
 
     def decide(layer: KernelLayer, x, z, positions, kernel, *rest: Any, **kwargs: Any):
@@ -481,7 +477,7 @@ def check_reconstruction(
         return kernel
 
     hooked = hooks.attach(model, _side_by_side(layers, decide, lambda layer, exact, out: out))
-    call(hooked, _doubled([example]))
+    call_model(hooked, _doubled([example]))
 
 
 def _check_once(path: str, run: Container[str]) -> None:
