@@ -6,7 +6,7 @@ Measures the int8 PE, the group PE and the edge on synthetic operands of several
 of zeros (`benchmarks/rtl_energy.py` says how), and solves for the energy of each event that the
 model counts (`stp_jax.hwmodel.gates`), by least squares of relative errors. Then it measures what
 was held back, other budgets, shares of zeros, widths of the distributions and seeds, and prints
-how far the model is off. ``--others`` does so for int8 dot products and the rivals' PEs instead of
+how far the model is off. ``--others`` does so for dot products and the rivals' PEs instead of
 the int8 PE, the group PE and the edge. The file is one that `stp_jax.hwmodel.read_technology`
 reads; memory's energies are those of the model's table, scaled where the node is another.
 """
@@ -31,7 +31,13 @@ from benchmarks.rtl.design import Design, Operands
 from benchmarks.rtl.edge import EDGE, lanes_of, weight_edge
 from benchmarks.rtl.energy import measure
 from benchmarks.rtl.gate_simulation import simulate
-from benchmarks.rtl.operands import OperandSet, of_network, synthetic
+from benchmarks.rtl.operands import (
+    WEIGHT_DEVIATION,
+    OperandSet,
+    best_deviation,
+    of_network,
+    synthetic,
+)
 from benchmarks.rtl.rivals import precision_of
 from benchmarks.rtl.stimuli import passes
 from benchmarks.rtl.synthesis import Implementation, Target
@@ -48,13 +54,21 @@ MEMORY_NODE, MEMORY_VOLT = 45.0, 0.9
 OTHERS: dict[str, hwmodel.PE] = {
     "mac_dot_1x1": hwmodel.DotProduct(lanes=1),
     "mac_dot_8x1": hwmodel.DotProduct(lanes=8),
+    **{
+        f"mac_dot_8x1_w{bits}": hwmodel.DotProduct(lanes=8, weight_bits=bits)
+        for bits in gates.NARROW_WEIGHTS
+    },
     "stripes": hwmodel.Stripes(lanes=8, serial="weights"),
     "pragmatic": hwmodel.BitPragmatic(lanes=8, serial="weights"),
     "bitwave": hwmodel.BitWave(lanes=8),
     "bitvert": hwmodel.BitVert(lanes=8),
     "term_mac": hwmodel.TermMac(group_size=8),
 }
-OTHER_ENTRIES = {"mac_dot_1x1": "dot_1", "mac_dot_8x1": "dot_8"}  # others are named alike
+OTHER_ENTRIES = {  # others are named alike
+    name: gates.dot_name(pe.lanes, pe.weight_bits)
+    for name, pe in OTHERS.items()
+    if isinstance(pe, hwmodel.DotProduct)
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +78,7 @@ class Case:
     Attributes:
       budget: slots a group.
       terms: that the weights are projected to; as many as slots where None.
-      zeros, activation, weight, seed: of the synthetic operands.
+      zeros, activation, weight, weight_bits, seed: of the synthetic operands.
       folds, filters: their size.
       rows: of the array, which a fold's loading has to pass or to serve.
     """
@@ -73,7 +87,8 @@ class Case:
     terms: int | None = None
     zeros: float = 0.4
     activation: float = 40.0
-    weight: float = 36.0
+    weight: float = WEIGHT_DEVIATION
+    weight_bits: int = 8
     seed: int = 0
     folds: int = 32
     filters: int = 16
@@ -85,6 +100,13 @@ class Case:
         work = operands.at(terms, takes_terms=design.takes_terms)
         return dataclasses.replace(work, rows=self.rows)
 
+    def narrowed(self, bits: int) -> Case:
+        """The case for weights of so many bits, as wide as before beside their best deviation."""
+        if bits == self.weight_bits:
+            return self
+        weight = self.weight / WEIGHT_DEVIATION * best_deviation(bits)
+        return dataclasses.replace(self, weight=weight, weight_bits=bits)
+
     def operands(self) -> OperandSet:
         return synthetic(
             (self.terms or self.budget,),
@@ -94,6 +116,7 @@ class Case:
             zeros=self.zeros,
             activation_deviation=self.activation,
             weight_deviation=self.weight,
+            weight_bits=self.weight_bits,
         )
 
 
@@ -277,7 +300,8 @@ def solve(events: Sequence[dict[str, float]], energies: Sequence[float]) -> dict
 def calibration(design: Design) -> list[Case]:
     """Cases to solve on."""
     if design.name in OTHERS:
-        return list(TERM_MAC_CALIBRATION if design.takes_terms else OTHER_CALIBRATION)
+        chosen = TERM_MAC_CALIBRATION if design.takes_terms else OTHER_CALIBRATION
+        return [case.narrowed(design.weight_bits) for case in chosen]
     cases = LANE_CALIBRATION if lanes_of(design) > 1 else CALIBRATION
     return [case for case in cases if calibrates(design, case)]
 
@@ -362,12 +386,13 @@ def held_back(arguments: argparse.Namespace, design: Design) -> list[tuple[Case,
     if design.top == EDGE:  # it sees no activations
         chosen = [case for case in HELD_BACK if case.zeros == 0.4 and case.activation == 40.0]
     if design.name in OTHERS:
-        chosen = list(TERM_MAC_HELD_BACK if design.takes_terms else OTHER_HELD_BACK)
+        others = TERM_MAC_HELD_BACK if design.takes_terms else OTHER_HELD_BACK
+        chosen = [case.narrowed(design.weight_bits) for case in others]
     elif lanes_of(design) > 1:  # whose events were chosen with an eye on the errors of HELD_BACK
         chosen = [dataclasses.replace(case, seed=case.seed + 10) for case in chosen]
         chosen += [Case(budget=k, zeros=0.3, seed=15) for k in (2, 5, 7)]
     cases = [(case, case.operands()) for case in chosen]
-    if arguments.packed is not None:
+    if arguments.packed is not None and design.weight_bits == 8:  # as wide as the network's
         for budget in (8, 4, 3) if design.takes_terms else (8,):
             case = Case(budget=budget, folds=32, filters=16, seed=6)
             files = (arguments.packed, arguments.activations)

@@ -43,7 +43,8 @@ class Method:
     kind: Literal["baseline", "ours", "rival", "part"]  # a part: ours with one thing changed
     shares: Mapping[str, float] = dataclasses.field(default_factory=dict)  # stage → of the steps
     trained: bool = True
-    priced: bool = True  # whether the group PE's energy and cycles are the method's own
+    # Whether group PEs run it; if not, dot products of its dense weights do (by gates alone).
+    on_group_pes: bool = True
     stage: str = "retrained"  # whose accuracy counts
     reference: str | None = None  # the method that it is set against: of a part, without the change
 
@@ -210,6 +211,7 @@ def _row(labels: Mapping[str, Any], method: Method, results: Mapping[str, Any]) 
     def at(split: str, stage: str) -> float | None:
         return (results[split] or {}).get(stage)
 
+    strongest = results.get("by_gates_strongest" if method.on_group_pes else "by_gates_dense")
     costs = {
         "saving_by_gates": (results["by_gates"] or {}).get("saving"),
         "saving": results["computational_energy_saving"],
@@ -221,7 +223,8 @@ def _row(labels: Mapping[str, Any], method: Method, results: Mapping[str, Any]) 
         "validation": at("validation_top1_percent", method.stage),
         "test": at("top1_percent", method.stage),
         "terms_held": results["terms_per_weight"]["budgeted_layers"],
-        **(costs if method.priced else dict.fromkeys(costs)),
+        **(costs if method.on_group_pes else dict.fromkeys(costs)),
+        "saving_strongest": (strongest or {}).get("saving"),
         "terms_by_layer": results["terms_per_weight"]["by_layer"],
     }
 
@@ -311,6 +314,7 @@ def summary(results: Mapping[str, Any], split: str = "test") -> pd.DataFrame:
         change_interval=("change", interval),
         terms_held=("terms_held", "mean"),
         saving_by_gates=("saving_by_gates", "mean"),
+        saving_strongest=("saving_strongest", "mean"),
         saving=("saving", "mean"),
         saving_with_encoder=("saving_with_encoder", "mean"),
         cycles=("cycles", "mean"),

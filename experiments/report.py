@@ -23,20 +23,25 @@ import pandas as pd
 from rich.console import Console
 
 import stp_jax
-from experiments.config import ConfigError
+from experiments.config import Config, ConfigError
 from experiments.context import Context
 from experiments.load import read_record
 from experiments.runtime.log import write_json
 from experiments.stages import Outcome, plain
 from stp_jax import export, hwmodel
 from stp_jax.export.card import table
+from stp_jax.hwmodel.gates import NARROW_WEIGHTS
 from stp_jax.hwmodel.technology import MissingEntryError
 from stp_jax.quant.calibration import mean_terms
 
 _STRONG_LANES = 4  # terms a cycle of the strongest group PE that the table by gates has
 _STRONG_INT8 = hwmodel.DotProduct(lanes=8)  # the int8 PE of its throughput class
 # Where results hold savings by gates, and what tables say of the PEs.
-_GATES = {"by_gates": "", "by_gates_strongest": ", strongest PEs of a class"}
+_GATES = {
+    "by_gates": "",
+    "by_gates_strongest": ", strongest PEs of a class",
+    "by_gates_dense": ", narrow weights on dot products",
+}
 _PACKAGES = ("stp-jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain")
 
 
@@ -79,6 +84,41 @@ def _by_gates(
         "cycles": {key: int(r.total_cycles) for key, r in arrays.items()},
         "saving": cost.saving,
         "saving_with_encoder": cost.saving_with_encoder,
+    }
+
+
+def _dense_by_gates(
+    evaluate: Callable[..., stp_jax.ModelCost], config: Config
+) -> dict[str, Any] | None:
+    """As `_by_gates`, of narrow weights on dot products of their width; None for other widths.
+
+    Layers without budgets have wider weights, and are priced as in int8.
+    """
+    if config.weight_bits not in NARROW_WEIGHTS:
+        return None
+    technology = hwmodel.NANGATE_45NM_GATES
+    cost = evaluate(technology=technology, lanes=_STRONG_LANES, baseline=_STRONG_INT8)
+    narrow = hwmodel.DotProduct(lanes=_STRONG_INT8.lanes, weight_bits=config.weight_bits)
+    array = hwmodel.Array(rows=config.rows, cols=config.cols, pe=narrow)
+    int8 = np.asarray(cost.baseline.energy_pj["array"])
+    dense = int8.copy()
+    for index, layer in enumerate(cost.network):
+        if layer.name in cost.budgets:
+            alone = hwmodel.evaluate(
+                hwmodel.Network((layer,)),
+                array,
+                weights={layer.name: cost.weights[layer.name]},
+                technology=technology,
+            )
+            dense[index] = alone.energy_pj["array"].item()
+    saving = float(int8.sum() / dense.sum())
+    return {
+        "technology": technology.name,
+        "int8_pe": str(_STRONG_INT8),
+        "dense_pe": str(narrow),
+        "array_uj": {"int8": float(int8.sum()) * 1e-6, "dense": float(dense.sum()) * 1e-6},
+        "saving": saving,
+        "saving_with_encoder": saving,  # weights are used as they are stored
     }
 
 
@@ -129,6 +169,7 @@ def write_results(context: Context, outcome: Outcome, name: str) -> dict[str, An
         # The simple PEs of the package's Verilog; then the strongest pair that was measured.
         "by_gates": _by_gates(evaluate, 1, hwmodel.BitParallel()),
         "by_gates_strongest": _by_gates(evaluate, _STRONG_LANES, _STRONG_INT8),
+        "by_gates_dense": _dense_by_gates(evaluate, config),
         # By the table of arithmetic energies.
         "computational_energy_saving": cost.saving,
         "computational_energy_saving_with_encoder": cost.saving_with_encoder,

@@ -25,11 +25,16 @@ Resource = Literal["terms", "cycles", "energy", "balanced"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelCost:
-    """A model on an array of group PEs, and in int8 on an equal array of int8 PEs."""
+    """A model on an array of group PEs, and in int8 on an equal array of int8 PEs.
+
+    Budgets and weights are as `hwmodel.evaluate` takes them, for other arrays with the same work.
+    """
 
     network: hw.Network
     baseline: hw.Report  # int8
     report: hw.Report  # the model's integers at its budgets, on group PEs
+    budgets: Mapping[str, Any]
+    weights: Mapping[str, np.ndarray]
 
     @property
     def saving(self) -> float:
@@ -134,16 +139,14 @@ def evaluate_model(
         pe=group_pe(model, packed=packed, lanes=lanes),
     )
     int8 = dataclasses.replace(ours, pe=baseline or hw.BitParallel())
+    budgets = _by_name(_budgets(model, kinds), kinds)
+    weights = _by_name(_integers(model, kinds), kinds)
     return ModelCost(
         network=network,
         baseline=hw.evaluate(network, int8, technology=technology),
-        report=hw.evaluate(
-            network,
-            ours,
-            budgets=_by_name(_budgets(model, kinds), kinds),
-            weights=_by_name(_integers(model, kinds), kinds),
-            technology=technology,
-        ),
+        report=hw.evaluate(network, ours, budgets=budgets, weights=weights, technology=technology),
+        budgets=budgets,
+        weights=weights,
     )
 
 

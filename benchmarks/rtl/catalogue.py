@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -179,6 +180,20 @@ def _mac_dot(*, lanes: int, columns: int = 1, form: str = "plain") -> Design:
     )
 
 
+def _narrow_dot(weight_bits: int) -> Design:
+    """The dot product of eight with weights of fewer bits, and partial sums of as many fewer."""
+    psum = 20 + weight_bits
+    wide = _mac_dot(lanes=8)
+    return dataclasses.replace(
+        wide,
+        name=f"{wide.name}_w{weight_bits}",
+        title=f"dot product of 8, weights of {weight_bits} bits, array multiplier",
+        parameters={**wide.parameters, "WEIGHT_WIDTH": weight_bits, "PSUM": psum},
+        driver=functools.partial(drive_mac_dot, lanes=8, weight_bits=weight_bits, psum=psum),
+        weight_bits=weight_bits,
+    )
+
+
 _ALL = (
     Design(
         name="mac",
@@ -210,6 +225,7 @@ _ALL = (
         for lanes in (1, 8)
     ),
     _mac_dot(lanes=16, columns=4),
+    *map(_narrow_dot, (4, 3, 2)),
     _term_dot(lanes=2),
     _term_dot(lanes=4),
     _term_dot(lanes=4, indexed=True),

@@ -20,7 +20,7 @@ class Operands:
     Attributes:
       activations: int8 values [folds, group], resident for one fold.
       weights: integers [folds, filters, group]; for a group PE at most as many NAF terms a group
-        as the budget, each below 2**8 in magnitude; for an int8 MAC within int8.
+        as the budget, each below 2**8 in magnitude; for a multiplier within its width.
       psums: integers [folds, filters], what comes from the row above.
       rows: of the array: cycles that a fold's loading takes.
     """
@@ -116,7 +116,9 @@ class Design:
       group: activations resident in the PE.
       driver: operands and budget -> stimulus.
       rate: budget -> multiplications a cycle, in the steady state.
-      takes_terms: whether the weights must be within the budget (else any int8 weights do).
+      takes_terms: whether the weights must be within the budget (else any integers of
+        ``weight_bits`` do).
+      weight_bits: of dense weights.
     """
 
     name: str
@@ -128,6 +130,7 @@ class Design:
     driver: Callable[[Operands, int], Stimulus]
     rate: Callable[[int], float]
     takes_terms: bool = True
+    weight_bits: int = 8
 
     def drive(self, operands: Operands, budget: int) -> Stimulus:
         """The stimulus for these operands at a budget of terms a group."""

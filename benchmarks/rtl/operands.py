@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import scipy.optimize
+import scipy.stats
 
 from benchmarks.rtl.design import Operands
 from stp_jax import terms
@@ -49,16 +51,18 @@ def synthetic(
     zeros: float = ZERO_ACTIVATIONS,
     activation_deviation: float = ACTIVATION_DEVIATION,
     weight_deviation: float = WEIGHT_DEVIATION,
+    weight_bits: int = 8,
 ) -> OperandSet:
     """Gaussian weights, and half-Gaussian activations of which a share is zero.
 
-    Partial sums from above are those of up to 32 more groups of the same kind, in int8 throughout:
-    what differs between PEs is their own work.
+    Partial sums from above are those of up to 32 more groups of the same kind, in integers
+    throughout: what differs between PEs is their own work. Deviations are in steps of the integers.
     """
     random = np.random.default_rng(seed)
+    largest = (1 << (weight_bits - 1)) - 1
 
     def weights(*shape: int) -> npt.NDArray[np.float64]:
-        return np.clip(random.normal(scale=weight_deviation, size=shape), -127, 127)
+        return np.clip(random.normal(scale=weight_deviation, size=shape), -largest, largest)
 
     def activations(*shape: int) -> npt.NDArray[np.int64]:
         values = np.abs(random.normal(scale=activation_deviation, size=shape)).round()
@@ -74,10 +78,27 @@ def synthetic(
         own_activations,
         psums,
         budgets,
-        f"synthetic: Gaussian int8 weights of deviation {weight_deviation:g}, activations "
-        f"half-Gaussian of deviation {activation_deviation:g} with {zeros:.0%} zeros, "
+        f"synthetic: Gaussian int{weight_bits} weights of deviation {weight_deviation:g}, "
+        f"activations half-Gaussian of deviation {activation_deviation:g} with {zeros:.0%} zeros, "
         f"{folds} folds of {filters} filters, seed {seed}",
     )
+
+
+def best_deviation(bits: int) -> float:
+    """Deviation, in steps, of Gaussian weights whose rounding to so many bits errs least.
+
+    The step is that of least squared error, as learned scales come near it; the integers are
+    symmetric, and values beyond the largest are clipped.
+    """
+    normal = scipy.stats.norm.ppf((np.arange(20_001) + 0.5) / 20_001)
+    largest = (1 << (bits - 1)) - 1
+
+    def error(deviation: float) -> float:
+        values = deviation * normal
+        rounded = np.clip(values.round(), -largest, largest)
+        return float(np.mean((values - rounded) ** 2)) / deviation**2
+
+    return float(scipy.optimize.minimize_scalar(error, bounds=(0.3, largest), method="bounded").x)
 
 
 def of_network(

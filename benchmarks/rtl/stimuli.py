@@ -385,6 +385,7 @@ def drive_mac_dot(
     lanes: int,
     columns: int = 1,
     form: str = "plain",
+    weight_bits: int = WIDTH,
     latency: int = 1,
     psum: int = 28,
 ) -> Stimulus:
@@ -398,6 +399,7 @@ def drive_mac_dot(
       form: ``plain``: two's complement; ``offset``: sign and magnitude; ``booth`` and
         ``quiet_booth``: radix-4 digits. ``offset`` and ``booth`` take unsigned activations and add
         what depends on the weights alone.
+      weight_bits: of the ``plain`` form's weights.
       latency: cycles from the weights to their sum.
       psum: bits of a partial sum.
     """
@@ -410,6 +412,8 @@ def drive_mac_dot(
     zero_point = 128 if unsigned_form and resident.min() < 0 else 0
     weights = tiled.weights.astype(np.int64)
     words, bits = encode(weights)
+    if form == "plain":
+        bits = weight_bits
     extra = (offset(weights) + zero_point * weights).sum(axis=-1)
     plan = Schedule(folds, filters, rows=operands.rows)
     return Stimulus(

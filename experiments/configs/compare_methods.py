@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from experiments.comparison import ComparisonConfig, Method, choose, run_comparison, summary
+from stp_jax.terms import max_budget
 
 CONFIG = ComparisonConfig()
 
@@ -32,14 +33,17 @@ METHODS: dict[str, Method] = {
         stage="float_retrained",
     ),
     "int8": Method(title="int8", kind="baseline", settings="budget=32"),
-    # Every weight in 4 bits with a learned scale (LSQ; Esser et al., ICLR 2020), for an array of
-    # its own: what bit-parallel int4 costs is not modelled.
-    "int4": Method(
-        title="int4, learned scales",
-        kind="rival",
-        settings="weight_bits=4 budget=16",
-        priced=False,
-    ),
+    # Dense weights of few bits with learned scales (LSQ; Esser et al., ICLR 2020), for arrays of
+    # dot products of that width; first and last layer keep int8, as everywhere.
+    **{
+        f"int{bits}": Method(
+            title=f"int{bits}, learned scales",
+            kind="rival",
+            settings=f"weight_bits={bits} budget={max_budget(8, bits=bits)}",
+            on_group_pes=False,
+        )
+        for bits in (4, 3, 2)
+    },
     # Term revealing (Kung et al., SC20): greedy, HESE, one budget; as published and retrained.
     "tr-ptq": Method(
         title="term revealing, not retrained",

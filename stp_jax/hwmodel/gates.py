@@ -22,7 +22,8 @@ from stp_jax.hwmodel.smoothing import smooth_minimum
 from stp_jax.hwmodel.term_histogram import lookup
 
 GROUP_SIZE = 8  # of the measured group PE
-DOT_LANES = (1, 8)  # of the measured dot products
+DOT_LANES = (1, 8)  # of the measured int8 dot products
+NARROW_WEIGHTS = (4, 3, 2)  # bits of the other measured dot products' weights; all of 8 lanes
 BITS = 8
 # Of activations where they are not given: half-Gaussian with 40 % zeros, as in the measurements.
 LIVE_SHARE = 0.6
@@ -45,9 +46,9 @@ GROUP_EVENTS = (
 EDGE_EVENTS = ("edge_group", "edge_second_slot", "edge_further_slot")
 
 
-def dot_name(lanes: int) -> str:
-    """How a table's entries for an int8 dot product of this many lanes begin."""
-    return f"dot_{lanes}"
+def dot_name(lanes: int, weight_bits: int = BITS) -> str:
+    """How a table's entries for dot products of this many lanes and bits a weight begin."""
+    return f"dot_{lanes}" + (f"_w{weight_bits}" if weight_bits != BITS else "")
 
 
 def lane_event_names(lanes: int) -> tuple[str, ...]:
@@ -140,19 +141,21 @@ def mac_events(folding: Folding, bits: np.ndarray) -> dict[str, Vector]:
     }
 
 
-def dot_events(folding: Folding, lanes: int, steps: Vector, bits: np.ndarray) -> dict[str, Vector]:
+def dot_events(
+    folding: Folding, name: str, steps: Vector, multiplying: Vector, bits: np.ndarray
+) -> dict[str, Vector]:
     """Events of `DotProduct` PEs, real vectors over layers.
 
     Args:
       folding: of the network onto the array.
-      lanes: of a PE.
+      name: how its entries begin, as `dot_name`.
       steps: dot products of all PEs, by layer.
+      multiplying: weights, or bits of them, that meet an activation; by layer.
       bits: of the activations, as `mean_bits`.
     """
-    name = dot_name(lanes)
     return {
         f"{name}_step": steps,
-        f"{name}_bit": folding.macs * as_real(bits, namespace_of(folding.K)),
+        f"{name}_bit": multiplying * as_real(bits, namespace_of(folding.K)),
         **bus_events(folding, name),
     }
 

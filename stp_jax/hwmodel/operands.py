@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jax.typing import ArrayLike
 
 from stp_jax.hwmodel.network import Layer
 from stp_jax.hwmodel.numbers import Operands
-from stp_jax.hwmodel.pes import PE
 from stp_jax.hwmodel.term_histogram import GroupTerms, lookup, weight_matrix
+
+if TYPE_CHECKING:
+    from stp_jax.hwmodel.pes import PE
 
 
 def layer_weights(layer: Layer, weights: ArrayLike, bits: int) -> np.ndarray:
     """Integer weights of one layer by product: int64 (groups, K, M); see `weight_matrix`."""
     matrix = weight_matrix(layer, weights, bits)
     return matrix.reshape(layer.K, layer.groups, layer.M).transpose(1, 0, 2)
+
+
+def changed_bits(weights: np.ndarray, bits: int) -> np.ndarray:
+    """Bits that differ from the filter before, the first one from zero: bool (K, M, bits).
+
+    Args:
+      weights: (K, M), in two's complement.
+      bits: of a weight.
+    """
+    digits = weights[..., None] >> np.arange(bits) & 1 == 1
+    return np.diff(digits, axis=1, prepend=False) if digits.size else digits
 
 
 def layer_patches(layer: Layer, activations: ArrayLike, bits: int) -> np.ndarray:
@@ -82,7 +96,7 @@ def require(what: str, given: Operands | GroupTerms | None, layer: Layer, pe: PE
     operand = lookup(given, layer) if isinstance(given, Mapping) else None
     if operand is None:
         raise ValueError(
-            f"the cycles of {type(pe).__name__} depend on the digits of the {what}; pass "
+            f"what {type(pe).__name__} takes depends on the digits of the {what}; pass "
             f"{what}={{...}} with {layer.name!r}"
         )
     return operand

@@ -7,13 +7,23 @@ from collections.abc import Mapping
 from typing import ClassVar, NoReturn
 
 import jax
+import numpy as np
 
 from stp_jax.hwmodel import gates
 from stp_jax.hwmodel.folding import Extents, Folding
-from stp_jax.hwmodel.network import Network
-from stp_jax.hwmodel.numbers import Budgets, Operands, Real, Vector, ceil_div, check_numbers
+from stp_jax.hwmodel.network import Layer, Network
+from stp_jax.hwmodel.numbers import (
+    Budgets,
+    Operands,
+    Real,
+    Vector,
+    ceil_div,
+    check_numbers,
+    namespace_of,
+)
+from stp_jax.hwmodel.operands import changed_bits, layer_weights, require
 from stp_jax.hwmodel.technology import Basis, MissingEntryError, Technology
-from stp_jax.hwmodel.term_histogram import GroupTerms
+from stp_jax.hwmodel.term_histogram import GroupTerms, check_names
 from stp_jax.hwmodel.widths import ACCUMULATOR_BITS, ACTIVATION_BITS, Widths
 
 
@@ -216,7 +226,7 @@ class BitParallel(PE):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DotProduct(PE):
-    """An int8 dot product a cycle: ``lanes`` multiplications, whose sum joins the partial sum.
+    """A dot product a cycle: ``lanes`` multiplications, whose sum joins the partial sum.
 
     By the table it takes ``lanes`` multiplies, as many int16 additions less one in its tree, and
     one int32 addition a step. By gates it is the int8 PE of least energy among those measured with
@@ -224,20 +234,37 @@ class DotProduct(PE):
     products. With one lane that is a single product, with 28 bits of partial sum where
     `BitParallel` has 32.
 
+    Weights of fewer bits meet activations of eight, as in a network of int4 weights. Their
+    multiplication has an entry of its own, such as ``int8_by_int4_multiply``, which the tables of
+    arithmetic here lack. By gates they were measured, and their energy depends on how many bits
+    change from one filter to the next, so they need ``weights=``.
+
     Attributes:
       lanes: multiplications a cycle.
+      weight_bits: of a weight, from 2 to 8.
 
     Raises:
-      ValueError: lanes is not a positive integer.
+      ValueError: lanes is not a positive integer, or weight_bits not from 2 to 8.
     """
 
-    measured: ClassVar[str] = "lanes=1 or lanes=8"
+    measured: ClassVar[str] = "lanes=1 or lanes=8, and with lanes=8 weight_bits=4, 3 or 2"
 
     lanes: int = dataclasses.field(default=8, metadata={"static": True})
+    weight_bits: int = dataclasses.field(default=8, metadata={"static": True})
 
     def __post_init__(self) -> None:
-        """Checks the lanes."""
-        check_numbers("DotProduct", lanes=self.lanes)
+        """Checks the lanes and the width."""
+        check_numbers("DotProduct", lanes=self.lanes, weight_bits=self.weight_bits)
+        if not 2 <= self.weight_bits <= gates.BITS:
+            raise ValueError(
+                f"DotProduct.weight_bits must be from 2 to {gates.BITS}, got {self.weight_bits}"
+            )
+
+    @property
+    def _multiply(self) -> str:
+        """The entry of one multiplication."""
+        narrow = f"_by_int{self.weight_bits}" if self.weight_bits != gates.BITS else ""
+        return f"int{gates.BITS}{narrow}_multiply"
 
     def reduction_steps(self, extents: Extents) -> Vector:
         """Steps of ``lanes`` elements: ceil(K / lanes)."""
@@ -249,25 +276,25 @@ class DotProduct(PE):
 
     def area_um2(self, technology: Technology) -> Real:
         """Measured where the table has it; else derived: multipliers, adder tree, operands."""
-        blocks = {"int8_multiply": float(self.lanes), "int32_add": 1.0}
+        blocks = {self._multiply: float(self.lanes), "int32_add": 1.0}
         if self.lanes > 1:
             blocks["int16_add"] = self.lanes - 1.0
-        registers = 2 * ACTIVATION_BITS * self.lanes + ACCUMULATOR_BITS
-        measured = f"{gates.dot_name(self.lanes)}_pe"
+        registers = (ACTIVATION_BITS + self.weight_bits) * self.lanes + ACCUMULATOR_BITS
+        measured = f"{gates.dot_name(self.lanes, self.weight_bits)}_pe"
         return composed_area(technology, blocks, registers, measured)
 
     def activity(self, work: Workload) -> Activity:
         """A step a cycle; a ragged last one takes its cycle, and multiplies what it has."""
         refuse_budgets(self, work)
         folding = work.folding
-        macs, bits = folding.macs, work.register_bits.weights_or(gates.BITS)
+        macs, bits = folding.macs, work.register_bits.weights_or(self.weight_bits)
         steps = folding.groups * folding.reduction_steps * folding.P * folding.M
         tree = {"int16_add": macs - steps} if self.lanes > 1 else {}
         return Activity(
             cycles=folding.folds * folding.steps,
             busy=macs / self.lanes,
             terms=macs,
-            events={"int8_multiply": macs, **tree, "int32_add": steps},
+            events={self._multiply: macs, **tree, "int32_add": steps},
             register_bits=operand_register_bits(
                 work,
                 lanes=self.lanes,
@@ -276,10 +303,48 @@ class DotProduct(PE):
                 sums=steps,
             ),
             encoder=None,
-            weight_bits=float(gates.BITS),
+            weight_bits=float(self.weight_bits),
             gates=gates.dot_events(
-                folding, self.lanes, steps, gates.mean_bits(work.network, work.activations)
+                folding,
+                gates.dot_name(self.lanes, self.weight_bits),
+                steps,
+                self._multiplying(work),
+                gates.mean_bits(work.network, work.activations),
             )
-            if self.lanes in gates.DOT_LANES and folding.dataflow == "is"
+            if work.basis == "gates" and self._is_measured and folding.dataflow == "is"
             else None,
         )
+
+    @property
+    def _is_measured(self) -> bool:
+        """Whether the netlist of a PE like this one was measured."""
+        if self.weight_bits == gates.BITS:
+            return self.lanes in gates.DOT_LANES
+        return self.lanes == max(gates.DOT_LANES) and self.weight_bits in gates.NARROW_WEIGHTS
+
+    def _multiplying(self, work: Workload) -> Vector:
+        """What each bit of an activation meets: all weights, or of narrow ones the changed bits.
+
+        Raises:
+          ValueError: weights are narrow, and not given or traced.
+        """
+        if self.weight_bits == gates.BITS:
+            return work.folding.macs
+        if namespace_of(work.folding.K) is not np:
+            raise ValueError(
+                f"{self!r} reads real digits by gates and cannot be traced; weight_bits=8 can"
+            )
+        given = work.weights if isinstance(work.weights, Mapping) else {}
+        check_names("weights", given, work.network)
+
+        def count(layer: Layer) -> float:
+            weights = require("weights", given, layer, self)
+            products = layer_weights(layer, weights, self.weight_bits)
+            if products.max(initial=0) >= 1 << (self.weight_bits - 1):
+                raise ValueError(
+                    f"{layer.name}: weight {products.max()} exceeds int{self.weight_bits}"
+                )
+            changed = sum(int(changed_bits(w, self.weight_bits).sum()) for w in products)
+            return float(changed) * layer.P
+
+        return np.array([count(layer) for layer in work.network])

@@ -15,6 +15,17 @@ pytestmark = pytest.mark.skipif(not icarus_available(), reason="Icarus Verilog i
 _EXTREMES = np.array([-128, -127, -1, 0, 1, 85, -86, 127])
 
 
+def _within(weights: np.ndarray, design: Design) -> np.ndarray:
+    """Dense weights clipped to the width that the design takes; projected ones may have a bit more.
+
+    What lies beyond becomes the largest and the smallest value, sign bit alone included.
+    """
+    if design.takes_terms:
+        return weights
+    limit = 1 << (design.weight_bits - 1)
+    return np.clip(weights, -limit, limit - 1)
+
+
 def _operands(design: Design, budget: int, *, filters: int = 9) -> Operands:
     """Random and extreme values: folds of both, filters of both, one of empty slots only."""
     rng = np.random.default_rng(budget)
@@ -32,6 +43,7 @@ def _operands(design: Design, budget: int, *, filters: int = 9) -> Operands:
         weights = np.asarray(terms.project(weights, method="greedy", **options))
     elif design.top == "mac_offset_dot":
         weights = np.maximum(weights, -127)  # sign and magnitude
+    weights = _within(weights, design)
     return Operands(
         activations=activations,
         weights=weights,
@@ -51,6 +63,7 @@ def test_the_models_cycles_are_the_verilogs(name: str, scale: int) -> None:
     weights = rng.integers(-scale, scale, (1, 9, 8)) if scale else rng.integers(0, 65, (1, 9, 8))
     if design.takes_terms:
         weights = np.asarray(terms.project(weights, group_size=8, budget=budget, axis=-1))
+    weights = _within(weights, design)
     activations = rng.integers(0, 128, (1, 8))
     operands = Operands(activations=activations, weights=weights, psums=np.zeros((1, 9), int))
     first, end = design.drive(operands, budget).measured
@@ -62,6 +75,7 @@ def test_the_models_cycles_are_the_verilogs(name: str, scale: int) -> None:
         budgets=budget if design.takes_terms else None,
         weights={"pe": weights[0].T},
         activations={"pe": activations},
+        technology=hwmodel.NANGATE_45NM_GATES,
     )
     folding = hwmodel.arrays.fold(network, array)
     loads = operands.rows * folding.folds.item()
@@ -73,7 +87,10 @@ def test_the_table_by_gates_prices_what_the_bench_counts(name: str) -> None:
     """Four times the rows see the column's bus for four times the cycles; nothing else changes."""
     few, many = (
         other_events(DESIGNS[name], case.operands(), case)
-        for case in (Case(budget=4, folds=3, filters=5, rows=rows) for rows in (8, 32))
+        for case in (
+            Case(budget=4, folds=3, filters=5, rows=rows).narrowed(DESIGNS[name].weight_bits)
+            for rows in (8, 32)
+        )
     )
     assert few.keys() <= hwmodel.NANGATE_45NM_GATES.energy_pj.keys()
     lanes = 8 if name == "mac_dot_1x1" else 1  # as many PEs do the work of one of eight lanes

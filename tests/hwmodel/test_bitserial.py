@@ -183,7 +183,7 @@ def test_patches_may_be_given_instead_of_the_input():
 
 @pytest.mark.parametrize("pe", ALL[1:5], ids=lambda pe: type(pe).__name__)
 def test_missing_operands_are_named(pe):
-    with pytest.raises(ValueError, match=f"{type(pe).__name__} depend on the digits"):
+    with pytest.raises(ValueError, match=f"{type(pe).__name__} takes depends on the digits"):
         hwmodel.evaluate(NETWORK, hwmodel.Array(rows=3, cols=4, pe=pe))
 
 
