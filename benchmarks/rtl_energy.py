@@ -46,6 +46,7 @@ from benchmarks.rtl.synthesis import Implementation, yosys_version
 BUDGETS = (8, 6, 4, 3)
 # What results depend on beside a design's Verilog; a change anywhere makes kept ones worthless.
 BENCH = (Path(__file__), *sorted((Path(__file__).parent / "rtl").glob("*.py")))
+WIDE = {name: design for name, design in DESIGNS.items() if design.weight_bits == 8}
 BASELINES = "mac"  # how the names of int8 PEs begin; other designs are bit-serial rivals
 
 
@@ -60,8 +61,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the operands")
     parser.add_argument("--packed", type=Path, help="a packed network in place of random weights")
     parser.add_argument("--activations", type=Path, help="its recorded activations, as .npz")
-    parser.add_argument("--baseline", nargs="+", default=["mac"], choices=DESIGNS)
-    parser.add_argument("--group-pe", nargs="+", default=["gpe"], choices=DESIGNS)
+    parser.add_argument("--baseline", nargs="+", default=["mac"], choices=WIDE)
+    parser.add_argument("--group-pe", nargs="+", default=["gpe"], choices=WIDE)
     parser.add_argument("--check", action="store_true", help="compare with OpenSTA at k=8")
     parser.add_argument("--designs", action="store_true", help="all designs of the catalogue")
     parser.add_argument("--keep", type=Path, help="a directory: go on where a run was cut off")
@@ -83,8 +84,8 @@ def chosen_operands(arguments: argparse.Namespace) -> list[OperandSet]:
 
 def chosen_designs(arguments: argparse.Namespace) -> list[Design]:
     if arguments.designs:
-        return list(DESIGNS.values())
-    return [DESIGNS[name] for name in (*arguments.baseline, *arguments.group_pe)]
+        return list(WIDE.values())
+    return [WIDE[name] for name in (*arguments.baseline, *arguments.group_pe)]
 
 
 def measure_all(arguments: argparse.Namespace, operands: list[OperandSet]) -> dict:

@@ -192,7 +192,7 @@ def pe_events(design: Design, operands: OperandSet, case: Case) -> dict[str, flo
     network = hwmodel.Network((hwmodel.dense("pe", rows * length, filters, rows=pixels),))
     pe: hwmodel.PE = hwmodel.BitParallel()
     if design.takes_terms:
-        pe = hwmodel.GroupPE(group_size=group, lanes=lanes_of(design))
+        pe = hwmodel.GroupPE(group_size=group, lanes=lanes_of(design), bits=design.weight_bits)
     folding = fold(network, hwmodel.Array(rows=rows, cols=1, pe=pe))
     activations = {"pe": np.tile(work.activations.reshape(pixels, length), (1, rows))}
     if lanes_of(design) > 1:
@@ -203,7 +203,7 @@ def pe_events(design: Design, operands: OperandSet, case: Case) -> dict[str, flo
         each = rows * float(filters)
         counted = gates.lane_events(
             folding,
-            lanes,
+            gates.lane_name(lanes, design.weight_bits),
             np.array([each * count]),
             np.array([each * slots]),
             np.array([filled]),
@@ -272,6 +272,7 @@ def edge_events(design: Design, operands: OperandSet, case: Case) -> dict[str, f
         held = held_terms(work)
         each = gates.lane_edge_events(
             lanes,
+            design.weight_bits,
             budget,
             np.ceil(budget / lanes),
             lambda caps: np.array([np.minimum(held, caps[0]).mean()]),
@@ -303,7 +304,7 @@ def calibration(design: Design) -> list[Case]:
         chosen = TERM_MAC_CALIBRATION if design.takes_terms else OTHER_CALIBRATION
         return [case.narrowed(design.weight_bits) for case in chosen]
     cases = LANE_CALIBRATION if lanes_of(design) > 1 else CALIBRATION
-    return [case for case in cases if calibrates(design, case)]
+    return [case.narrowed(design.weight_bits) for case in cases if calibrates(design, case)]
 
 
 def calibrates(design: Design, case: Case) -> bool:
@@ -350,7 +351,8 @@ def main() -> None:
     else:
         group_pes = [DESIGNS[name] for name in arguments.group_pe]
         designs = [(design, pe_events) for design in (DESIGNS[arguments.baseline], *group_pes)]
-        designs += [(weight_edge(lanes_of(design)), edge_events) for design in group_pes]
+        edges = (weight_edge(lanes_of(design), design.weight_bits) for design in group_pes)
+        designs += [(edge, edge_events) for edge in edges]
     made = {design.name: implement_design(design, aim) for design, _ in designs}
     period = common_period((m.timing.period for m in made.values()), arguments.clock_ns)
     table: dict[str, float] = {}
@@ -386,11 +388,11 @@ def held_back(arguments: argparse.Namespace, design: Design) -> list[tuple[Case,
     if design.top == EDGE:  # it sees no activations
         chosen = [case for case in HELD_BACK if case.zeros == 0.4 and case.activation == 40.0]
     if design.name in OTHERS:
-        others = TERM_MAC_HELD_BACK if design.takes_terms else OTHER_HELD_BACK
-        chosen = [case.narrowed(design.weight_bits) for case in others]
+        chosen = list(TERM_MAC_HELD_BACK if design.takes_terms else OTHER_HELD_BACK)
     elif lanes_of(design) > 1:  # whose events were chosen with an eye on the errors of HELD_BACK
         chosen = [dataclasses.replace(case, seed=case.seed + 10) for case in chosen]
         chosen += [Case(budget=k, zeros=0.3, seed=15) for k in (2, 5, 7)]
+    chosen = [case.narrowed(design.weight_bits) for case in chosen]
     cases = [(case, case.operands()) for case in chosen]
     if arguments.packed is not None and design.weight_bits == 8:  # as wide as the network's
         for budget in (8, 4, 3) if design.takes_terms else (8,):
@@ -446,9 +448,10 @@ def area_entries(arguments: argparse.Namespace) -> dict[str, str]:
     entries = {"bit_parallel_pe": arguments.baseline}
     for design in map(DESIGNS.get, arguments.group_pe):
         lanes = lanes_of(design)
-        of_lanes = f"_of_{lanes}_lanes" if lanes > 1 else ""
-        entries[f"group_pe_8{of_lanes}"] = design.name
-        entries[f"row_edge_8{of_lanes}"] = weight_edge(lanes).name
+        form = f"_of_{lanes}_lanes" if lanes > 1 else ""
+        form += f"_w{design.weight_bits}" if design.weight_bits != 8 else ""
+        entries[f"group_pe_8{form}"] = design.name
+        entries[f"row_edge_8{form}"] = weight_edge(lanes, design.weight_bits).name
     return entries
 
 

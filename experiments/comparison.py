@@ -211,7 +211,8 @@ def _row(labels: Mapping[str, Any], method: Method, results: Mapping[str, Any]) 
     def at(split: str, stage: str) -> float | None:
         return (results[split] or {}).get(stage)
 
-    strongest = results.get("by_gates_strongest" if method.on_group_pes else "by_gates_dense")
+    pes = results["budgeted_layers_by_gates"]["pes"]
+    able = [pe for name, pe in pes.items() if (name != "dot_product") == method.on_group_pes]
     costs = {
         "saving_by_gates": (results["by_gates"] or {}).get("saving"),
         "saving": results["computational_energy_saving"],
@@ -224,7 +225,10 @@ def _row(labels: Mapping[str, Any], method: Method, results: Mapping[str, Any]) 
         "test": at("top1_percent", method.stage),
         "terms_held": results["terms_per_weight"]["budgeted_layers"],
         **(costs if method.on_group_pes else dict.fromkeys(costs)),
-        "saving_strongest": (strongest or {}).get("saving"),
+        "saving_in_layers": max((pe["saving"] for pe in able), default=None),
+        "saving_in_layers_with_encoder": max(
+            (pe["saving_with_encoder"] for pe in able), default=None
+        ),
         "terms_by_layer": results["terms_per_weight"]["by_layer"],
     }
 
@@ -314,7 +318,8 @@ def summary(results: Mapping[str, Any], split: str = "test") -> pd.DataFrame:
         change_interval=("change", interval),
         terms_held=("terms_held", "mean"),
         saving_by_gates=("saving_by_gates", "mean"),
-        saving_strongest=("saving_strongest", "mean"),
+        saving_in_layers=("saving_in_layers", "mean"),
+        saving_in_layers_with_encoder=("saving_in_layers_with_encoder", "mean"),
         saving=("saving", "mean"),
         saving_with_encoder=("saving_with_encoder", "mean"),
         cycles=("cycles", "mean"),

@@ -30,7 +30,7 @@ from experiments.runtime.log import write_json
 from experiments.stages import Outcome, plain
 from stp_jax import export, hwmodel
 from stp_jax.export.card import table
-from stp_jax.hwmodel.gates import NARROW_WEIGHTS
+from stp_jax.hwmodel import gates
 from stp_jax.hwmodel.technology import MissingEntryError
 from stp_jax.quant.calibration import mean_terms
 
@@ -40,7 +40,6 @@ _STRONG_INT8 = hwmodel.DotProduct(lanes=8)  # the int8 PE of its throughput clas
 _GATES = {
     "by_gates": "",
     "by_gates_strongest": ", strongest PEs of a class",
-    "by_gates_dense": ", narrow weights on dot products",
 }
 _PACKAGES = ("stp-jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain")
 
@@ -87,38 +86,59 @@ def _by_gates(
     }
 
 
-def _dense_by_gates(
-    evaluate: Callable[..., stp_jax.ModelCost], config: Config
-) -> dict[str, Any] | None:
-    """As `_by_gates`, of narrow weights on dot products of their width; None for other widths.
+def _layers_by_gates(
+    evaluate: Callable[..., stp_jax.ModelCost], model: Any, config: Config
+) -> dict[str, Any]:
+    """Array energies of the layers with budgets alone, on every measured PE that can run them.
 
-    Layers without budgets have wider weights, and are priced as in int8.
+    The others, in most models the first and the last layer, keep all terms or eight bits whatever
+    the method, and need other PEs than the narrowest.
     """
-    if config.weight_bits not in NARROW_WEIGHTS:
-        return None
     technology = hwmodel.NANGATE_45NM_GATES
-    cost = evaluate(technology=technology, lanes=_STRONG_LANES, baseline=_STRONG_INT8)
-    narrow = hwmodel.DotProduct(lanes=_STRONG_INT8.lanes, weight_bits=config.weight_bits)
-    array = hwmodel.Array(rows=config.rows, cols=config.cols, pe=narrow)
-    int8 = np.asarray(cost.baseline.energy_pj["array"])
-    dense = int8.copy()
-    for index, layer in enumerate(cost.network):
-        if layer.name in cost.budgets:
-            alone = hwmodel.evaluate(
-                hwmodel.Network((layer,)),
-                array,
-                weights={layer.name: cost.weights[layer.name]},
-                technology=technology,
-            )
-            dense[index] = alone.energy_pj["array"].item()
-    saving = float(int8.sum() / dense.sum())
+    cost = evaluate()
+    layers = [layer for layer in cost.network if layer.name.partition("@")[0] in cost.budgets]
+    weights = {name: cost.weights[name] for name in cost.budgets}
+    array = hwmodel.Array(rows=config.rows, cols=config.cols)
+
+    def energies(pe: hwmodel.PE, **operands: Any) -> tuple[float, float]:
+        report = hwmodel.evaluate(
+            hwmodel.Network(tuple(layers)),
+            dataclasses.replace(array, pe=pe),
+            technology=technology,
+            **operands,
+        )
+        kinds = ("array", "encoder")
+        pj, encoder = (float(np.sum(report.energy_pj[kind])) for kind in kinds)
+        return pj * 1e-6, encoder * 1e-6
+
+    def fitting(widths: Sequence[int]) -> int:
+        return min(bits for bits in widths if bits >= config.weight_bits)
+
+    group_pe = stp_jax.group_pe(model)
+    narrow = hwmodel.DotProduct(weight_bits=fitting((8, *gates.NARROW_WEIGHTS)))
+    pes: dict[str, tuple[hwmodel.PE, dict[str, Any]]] = {"dot_product": (narrow, {})}
+    for lanes in (2, 4):
+        wide = dataclasses.replace(group_pe, lanes=lanes, bits=fitting(gates.GROUP_BITS))
+        pes[f"group_pe_of_{lanes}_lanes"] = wide, {"budgets": cost.budgets}
+    int8, _ = energies(_STRONG_INT8)
+    found = {}
+    for name, (pe, operands) in pes.items():
+        try:
+            uj, encoder = energies(pe, weights=weights, **operands)
+        except MissingEntryError:  # groups of another size
+            continue
+        found[name] = {
+            "pe": str(pe),
+            "array_uj": uj,
+            "encoder_uj": encoder,
+            "saving": int8 / uj,
+            "saving_with_encoder": int8 / (uj + encoder),
+        }
     return {
         "technology": technology.name,
         "int8_pe": str(_STRONG_INT8),
-        "dense_pe": str(narrow),
-        "array_uj": {"int8": float(int8.sum()) * 1e-6, "dense": float(dense.sum()) * 1e-6},
-        "saving": saving,
-        "saving_with_encoder": saving,  # weights are used as they are stored
+        "int8_uj": int8,
+        "pes": found,
     }
 
 
@@ -169,7 +189,7 @@ def write_results(context: Context, outcome: Outcome, name: str) -> dict[str, An
         # The simple PEs of the package's Verilog; then the strongest pair that was measured.
         "by_gates": _by_gates(evaluate, 1, hwmodel.BitParallel()),
         "by_gates_strongest": _by_gates(evaluate, _STRONG_LANES, _STRONG_INT8),
-        "by_gates_dense": _dense_by_gates(evaluate, config),
+        "budgeted_layers_by_gates": _layers_by_gates(evaluate, outcome.model, config),
         # By the table of arithmetic energies.
         "computational_energy_saving": cost.saving,
         "computational_energy_saving_with_encoder": cost.saving_with_encoder,
@@ -192,6 +212,12 @@ def _savings(results: dict[str, Any]) -> dict[str, tuple[float, float]]:
         for key, which in _GATES.items()
         if (gates := results.get(key)) is not None
     }
+    if layers := results.get("budgeted_layers_by_gates"):
+        pes = {name: pe for name, pe in layers["pes"].items() if name.startswith("group_pe")}
+        if pes:
+            best = max(pes.values(), key=lambda pe: pe["saving"])
+            savings = (best["saving"], best["saving_with_encoder"])
+            found[f"{layers['technology']}, layers with budgets alone"] = savings
     table = f"{results['accelerator']['technology']} by the table"
     keys = ("computational_energy_saving", "computational_energy_saving_with_encoder")
     return found | {table: (results[keys[0]], results[keys[1]])}

@@ -3,9 +3,9 @@
     python -m experiments.results_page runs/compare_methods runs/compare_projections
 
 copies the results of the runs to ``docs/results/EXPERIMENT.json``, without the paths of the machine
-they ran on, and writes ``docs/results.md`` and its plot from what lies there. ``--second RUN`` does
-so with a comparison from another start, over more steps or methods, for a section of its own.
-No number on the page is typed by hand; a test writes it again and compares.
+they ran on, and writes ``docs/results.md`` and its plot from what lies there.
+``--further NAME RUN`` does so with a comparison from another start or of another network, for a
+section of its own. No number on the page is typed by hand; a test writes it again and compares.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,32 @@ from stp_jax.export.card import table as markdown_table
 
 DOCS = Path(__file__).parents[1] / "docs"
 DATA = DOCS / "results" / "compare_methods.json"
-SECOND = DATA.with_name("compare_methods_second.json")
 PROJECTIONS = DATA.with_name("compare_projections.json")
-STORED = (DATA, SECOND, PROJECTIONS)
+_IN_LAYERS = (
+    "*Saving in layers* is array energy by gates of an int8 dot product of eight over that of the "
+    "row's PE, in the layers with budgets alone: dot products of eight with weights of that width, "
+    "or group PEs of two or four lanes, whichever takes less "
+    "([how](hardware.md#energy-by-gates)). *With encoders* counts the edge of group PEs as well."
+)
+# Comparisons from other starts by the name of their file, with headings and what there is to say.
+FURTHER = {
+    "narrow": (
+        "Dense weights of few bits",
+        "The strongest rivals of few terms are dense integers of few bits with learned scales. "
+        f"{_IN_LAYERS}",
+    ),
+    "second": (
+        "More steps, and reconstruction first",
+        "*Reconstructed first*: after the projection, `stp_jax.reconstruct` fits the layers to the "
+        "float model's outputs on the calibration images, without labels, and retraining goes on "
+        "from there (`fit=reconstruct`).",
+    ),
+    "vit": ("A vision transformer", _IN_LAYERS),
+    "mobilenet": ("MobileNetV2", _IN_LAYERS),
+    "resnet18": ("ResNet-18 on digits", _IN_LAYERS),
+    "lstm": ("An LSTM language model", _IN_LAYERS),
+    "decoder": ("A decoder language model", _IN_LAYERS),
+}
 COMMAND = "python -m experiments.results_page"
 _STYLES = {"ours": ("o", "-"), "rival": ("s", "--"), "part": ("^", ":")}
 
@@ -71,6 +94,7 @@ def _methods(results: Mapping[str, Any], table: pd.DataFrame) -> str:
                 results["methods"][row["method"]]["title"],
                 *_accuracy(row),
                 _number(row["terms_held"], ".3f"),
+                _number(row["saving_in_layers"], ".2f", "×"),
                 _number(row["saving_by_gates"], ".2f", "×"),
                 _number(row["saving"], ".2f", "×"),
                 _number(row["cycles"], ",.0f"),
@@ -81,11 +105,12 @@ def _methods(results: Mapping[str, Any], table: pd.DataFrame) -> str:
         "method",
         *_ACCURACY,
         "terms held",
-        "saving by gates",
+        "saving in layers",
+        "of simple PEs",
         "by the table",
         "cycles",
     ]
-    return markdown_table(header, rows)
+    return _without_empty_columns(header, rows)
 
 
 def _parts(results: Mapping[str, Any], table: pd.DataFrame) -> list[str]:
@@ -126,36 +151,49 @@ def _by_steps(table: pd.DataFrame, methods: Mapping[str, Any]) -> list[str]:
     if not rows:
         return []
     return [
-        "In the first comparison, validation top-1, %, after as many steps as the column says:",
+        "## More steps",
+        "Validation top-1, %, after as many steps as the column says:",
         markdown_table(["terms per weight", "method", *(f"{n:,}" for n in numbers)], rows),
     ]
 
 
-def _second(results: Mapping[str, Any], second: Mapping[str, Any] | None) -> list[str]:
-    """The second comparison, and what more steps brought in the first."""
-    text = []
-    if second:
-        table, start = summary(second), second["start"]["validation_top1_percent"]["float"]
-        table = table.sort_values(["terms", "steps"], ascending=[False, True], kind="stable")
-        rows = [
-            [
-                _number(row["terms"], "g"),
-                f"{row['steps']:,}",
-                second["methods"][row["method"]]["title"],
-                *_accuracy(row),
-            ]
-            for row in table.to_dict("records")
+def _without_empty_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of the columns that say something."""
+    kept = [column for column in range(len(header)) if any(row[column] for row in rows)]
+    return markdown_table([header[c] for c in kept], [[row[c] for c in kept] for row in rows])
+
+
+def _of_training(results: Mapping[str, Any]) -> str:
+    """Model, data and the start of a comparison."""
+    base = results["config"]
+    source = f"`{Path(base['init_from']).name}`" if base["init_from"] else "random weights"
+    start = results["start"]["validation_top1_percent"]
+    return (
+        f"{results['model']} on {results['dataset']}. One float model is the start of every row: "
+        f"{base['float_epochs']:g} epoch(s) from {source}, validation {start['float']:.2f} % in "
+        f"float and {start['int8']:.2f} % in int8."
+    )
+
+
+def _further(name: str, results: Mapping[str, Any]) -> list[str]:
+    """The section of a comparison from another start."""
+    heading, note = FURTHER[name]
+    table = summary(results).sort_values(["terms", "steps"], ascending=[False, True], kind="stable")
+    rows = [
+        [
+            _number(row["terms"], "g"),
+            f"{row['steps']:,}",
+            results["methods"][row["method"]]["title"],
+            *_accuracy(row),
+            _number(row["saving_in_layers"], ".2f", "×"),
+            _number(row["saving_in_layers_with_encoder"], ".2f", "×"),
         ]
-        text = [
-            "A comparison of its own: every method starts from one float model, which was made as "
-            f"that of the first (validation {start:.2f} %), and trains with the same settings. "
-            "*Reconstructed first*: after the projection, `stp_jax.reconstruct` fits the layers to "
-            "the float model's outputs on the calibration images, without labels, and retraining "
-            "goes on from there (`fit=reconstruct`).",
-            markdown_table(["terms per weight", "steps", "method", *_ACCURACY], rows),
-        ]
-    text += _by_steps(summary(results, "validation"), results["methods"])
-    return ["## More steps, and reconstruction first", *text] if text else []
+        for row in table.to_dict("records")
+    ]
+    savings = ["saving in layers", "with encoders"]
+    header = ["terms per weight", "steps", "method", *_ACCURACY, *savings]
+    text = " ".join(filter(None, ("A comparison of its own.", _of_training(results), note)))
+    return [f"## {heading}", text, _without_empty_columns(header, rows)]
 
 
 def _layers(results: Mapping[str, Any]) -> list[str]:
@@ -199,51 +237,49 @@ def _projections(study: Mapping[str, Any]) -> list[str]:
 
 def page(
     results: Mapping[str, Any],
-    second: Mapping[str, Any] | None = None,
+    further: Mapping[str, Mapping[str, Any]] | None = None,
     study: Mapping[str, Any] | None = None,
 ) -> str:
     """The page in Markdown.
 
     Args:
       results: what `experiments.comparison.gather` wrote.
-      second: the same of a second comparison, if there is one.
+      further: the same of comparisons from other starts, by their names in `FURTHER`.
       study: what the experiment ``compare_projections`` wrote, if it was run.
     """
+    further = further or {}
     config, base, methods = results["comparison"], results["config"], results["methods"]
     table, steps = summary(results), min(row["steps"] for row in results["rows"])
     kinds = table["method"].map(lambda name: methods[name]["kind"])
     first = table["steps"] == steps
-    start = results["start"]["validation_top1_percent"]
     baselines = [
         f"{methods[row['method']]['title']} **{_between(row['top1'], row['interval'])} %**"
         for row in table[first & (kinds == "baseline")].to_dict("records")
     ]
-    source = f"`{Path(base['init_from']).name}`" if base["init_from"] else "random weights"
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     text = [
         "# Results",
         f"<!-- Written by `{COMMAND}`; do not edit. -->",
-        f"{results['model']} on {results['dataset']}. One float model is the start of every row: "
-        f"{base['float_epochs']:g} epoch(s) from {source}, validation {start['float']:.2f} % in "
-        f"float and {start['int8']:.2f} % in int8. From there every method, the baselines "
-        f"included, trains {steps} steps of {config['batch_size']} images with the same rates and "
-        "the same soft labels of that model; only seeds and methods differ. Settings were chosen "
-        "on the validation examples; the test examples were read by the final runs alone. Groups "
+        f"{_of_training(results)} From there every method, the baselines included, trains {steps} "
+        f"steps of {config['batch_size']} images with the same rates and the same soft labels of "
+        "that model; only seeds and methods differ. Settings were chosen on the validation "
+        "examples; the test examples were read by the final runs alone. Groups "
         f"hold {base['group_size']} weights; first and last layer keep all terms of int8. "
         "Means over seeds with 95 % confidence intervals (Student's t). "
         f"Device: {results['device']}.",
         f"Test top-1 after these steps: {', '.join(baselines)}.",
         "## Methods at equal terms per weight",
         "*Points below float* and *over STP by filter* are differences paired by seed, at equal "
-        "steps. *Saving* is the int8 bit-parallel "
-        "array's computational energy over the group PE's, same network, "
-        f"{results['array']}, 45 nm: by gates, as measured on netlists, and by a table of "
-        "arithmetic energies ([how](hardware.md#energy-by-gates)); memory is apart, and the same "
-        "for all. *Terms held* are those of the trained integers, at most the budget.",
+        "steps. *Saving* is an int8 array's computational energy over that of the array that runs "
+        f"the row, same network, {results['array']}, 45 nm: *of simple PEs*, by gates, int8 "
+        "multiply-accumulate over group PEs of one term a cycle; *by the table* of arithmetic "
+        "energies ([how](hardware.md#energy-by-gates)). Memory is apart, and the same for all. "
+        "*Terms held* are those of the trained integers, at most the budget.",
         _methods(results, table[first & kinds.isin(["ours", "rival"])]),
         "![Top-1 over computational energy saving](images/results_pareto.png)",
         *_parts(results, table[first & (kinds == "part")]),
-        *_second(results, second),
+        *_by_steps(summary(results, "validation"), results["methods"]),
+        *(part for name in FURTHER if name in further for part in _further(name, further[name])),
         *_layers(results),
         *(_projections(study) if study else []),
     ]
@@ -291,21 +327,38 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
 
 
 def stored_page() -> str:
-    """The page of the stored results."""
-    found: list[Any] = [json.loads(p.read_text()) if p.exists() else None for p in STORED]
-    return page(*found)
+    """The page of the stored results, of which those of `DATA` are there."""
+    study = json.loads(PROJECTIONS.read_text()) if PROJECTIONS.exists() else None
+    files = {name: _stored(name) for name in FURTHER}
+    further = {name: json.loads(p.read_text()) for name, p in files.items() if p.exists()}
+    return page(json.loads(DATA.read_text()), further, study)
+
+
+def _stored(name: str) -> Path:
+    """Where a further comparison is kept."""
+    return DATA.with_name(f"{DATA.stem}_{name}.json")
 
 
 def main(arguments: list[str]) -> int:
     """Writes the page from runs' folders, or again from the stored results."""
     parser = argparse.ArgumentParser(prog=COMMAND, description="Writes the results page.")
     parser.add_argument("runs", nargs="*", type=Path, help="folders of finished comparisons")
-    parser.add_argument("--second", type=Path, help="that of a second comparison")
+    parser.add_argument(
+        "--further",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "RUN"),
+        help=f"that of a comparison from another start: {', '.join(FURTHER)}",
+    )
     given = parser.parse_args(arguments)
     # Each folder, and where results go by their experiment.
     sources = [(run, {path.stem: path for path in (DATA, PROJECTIONS)}) for run in given.runs]
-    if given.second:
-        sources.append((given.second, {DATA.stem: SECOND}))
+    unknown = [name for name, _ in given.further if name not in FURTHER]
+    if unknown:
+        print(f"error: --further must be among {', '.join(FURTHER)}, got {', '.join(unknown)}")
+        return 2
+    sources += [(Path(run), {DATA.stem: _stored(name)}) for name, run in given.further]
     for folder, stored in sources:
         source = folder / "results.json"
         results = json.loads(source.read_text()) if source.is_file() else {}

@@ -104,17 +104,22 @@ def _unsigned_dot(form: str, *, lanes: int, groups: int = 1, columns: int = 1) -
     )
 
 
-def _product_lanes(lanes: int) -> Design:
-    """The product's element of several lanes."""
+def _product_lanes(lanes: int, weight_bits: int = 8) -> Design:
+    """The product's element of several lanes, for weights of so many bits."""
+    narrow = weight_bits != 8
+    psum = 20 + weight_bits
+    shape = {"LANES": lanes, "PSUM": psum}
     return Design(
-        name=f"gpe_lanes_{lanes}",
-        title=f"group PE, {lanes} terms a cycle, complements in offset form (the product's)",
+        name=f"gpe_lanes_{lanes}" + (f"_w{weight_bits}" if narrow else ""),
+        title=f"group PE, {lanes} terms a cycle, complements in offset form (the product's)"
+        + (f", weights of {weight_bits} bits" if narrow else ""),
         top="gpe_lanes",
         sources=(PRODUCT / "carry_save.v", PRODUCT / "gpe_lanes.v"),
-        parameters={"GROUP": 8, "LANES": lanes, "PSUM": 28},
+        parameters={"GROUP": 8, **shape, "EXPONENT": (weight_bits - 1).bit_length()},
         group=8,
-        driver=functools.partial(drive_lanes, lanes=lanes),
+        driver=functools.partial(drive_lanes, lanes=lanes, weight_bits=weight_bits, psum=psum),
         rate=lambda budget: 8 / passes(budget, lanes),
+        weight_bits=weight_bits,
     )
 
 
@@ -242,6 +247,7 @@ _ALL = (
     _unsigned_dot("split", lanes=4, groups=2, columns=4),
     *(_rival(*rival) for rival in _RIVALS),
     *(_product_lanes(lanes) for lanes in (2, 4, 8)),
+    *(_product_lanes(lanes, weight_bits=4) for lanes in (2, 4)),
 )
 
 DESIGNS = {design.name: design for design in _ALL}

@@ -116,9 +116,8 @@ class Design:
       group: activations resident in the PE.
       driver: operands and budget -> stimulus.
       rate: budget -> multiplications a cycle, in the steady state.
-      takes_terms: whether the weights must be within the budget (else any integers of
-        ``weight_bits`` do).
-      weight_bits: of dense weights.
+      takes_terms: whether the weights must be within the budget (else any integers do).
+      weight_bits: of the weights; powers of two among the terms reach ``2**(weight_bits - 1)``.
     """
 
     name: str

@@ -531,21 +531,27 @@ def drive_term_dot(
     )
 
 
-def drive_lanes(operands: Operands, budget: int, *, lanes: int, psum: int = 28) -> Stimulus:
-    """The product's element of several lanes: as `drive_term_dot` in offset form, ports apart."""
+def drive_lanes(
+    operands: Operands, budget: int, *, lanes: int, weight_bits: int = WIDTH, psum: int = 28
+) -> Stimulus:
+    """The product's element of several lanes: as `drive_term_dot` in offset form, ports apart.
+
+    Exponents of narrow weights have fewer bits.
+    """
     joined = drive_term_dot(operands, budget, lanes=lanes, form="offset", psum=psum)
     group = operands.weights.shape[-1]
-    fields = {"exponent": 3, "negative": 1, "select": group}
+    fields = {"exponent": (WIDTH - 1).bit_length(), "negative": 1, "select": group}
+    ported = fields | {"exponent": (weight_bits - 1).bit_length()}
     words = joined.inputs["terms_in"]
     ports = {f"{name}_in": np.zeros(len(words), object) for name in fields}
     for lane in range(lanes):
         low = lane * sum(fields.values())
         for name, bits in fields.items():
-            ports[f"{name}_in"] += (words >> low & (1 << bits) - 1) << lane * bits
+            ports[f"{name}_in"] += (words >> low & (1 << bits) - 1) << lane * ported[name]
             low += bits
     inputs = {n: v for n, v in joined.inputs.items() if n != "terms_in"} | ports
     widths = {n: w for n, w in joined.widths.items() if n != "terms_in"}
-    widths |= {f"{name}_in": lanes * bits for name, bits in fields.items()}
+    widths |= {f"{name}_in": lanes * bits for name, bits in ported.items()}
     return dataclasses.replace(joined, inputs=inputs, widths=widths)
 
 

@@ -73,6 +73,13 @@ METHODS: dict[str, Method] = {
         reference="filter",
     ),
     "filter": Method(title="STP, budgets by filter", kind="ours", settings=_OURS),
+    # Weights of half the bits, for narrower group PEs.
+    "filter-4": Method(
+        title="STP, budgets by filter, weights of 4 bits",
+        kind="ours",
+        settings=f"{_OURS} weight_bits=4",
+        reference="filter",
+    ),
     "layer": Method(
         title="STP, budgets by layer",
         kind="ours",

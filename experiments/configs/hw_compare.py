@@ -3,7 +3,8 @@
 One input-stationary 32×32 array and one memory system; only the PE differs. Computational energy
 comes first by gates, for the PEs whose netlists were measured, then by the 45 nm table for all.
 The group PE and term revealing's tMAC run weights projected onto the budget (first and last layer
-keep every term), every other PE runs them as they are:
+keep every term), every other PE runs them as they are, but dot products of narrower weights, which
+run all layers in 4, 3 or 2 bits (by gates alone, and where arrays are not matched):
 
     python -m experiments.run --exp=hw_compare --set by=area
 
@@ -28,6 +29,7 @@ import stp_jax
 from experiments.config import ConfigError, check_choices
 from experiments.runtime.log import write_json
 from stp_jax import hwmodel, models
+from stp_jax.hwmodel.gates import NARROW_WEIGHTS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,8 +87,8 @@ WHY_CLAIMS_DIFFER = (
 )
 
 
-def _workload(config: HardwareConfig) -> tuple[Any, hwmodel.Network, Any, Any]:
-    """The projected model, its network, its weights before in int8, and its int8 activations."""
+def _float_model(config: HardwareConfig) -> Any:
+    """The network with its weights in float."""
     model: Any = models.create("resnet18", num_classes=1000, rngs=nnx.Rngs(config.seed))
     if config.init_from is not None:
         try:
@@ -94,13 +96,18 @@ def _workload(config: HardwareConfig) -> tuple[Any, hwmodel.Network, Any, Any]:
         except ValueError as error:
             raise ConfigError(f"init_from={config.init_from}: {error}") from error
     model.eval()
+    return model
+
+
+def _workload(config: HardwareConfig) -> tuple[Any, hwmodel.Network, Any, Any]:
+    """The projected model, its network, its weights before in int8, and its int8 activations."""
     shape = (1, config.image_size, config.image_size, 3)
     image = jax.random.normal(jax.random.key(config.seed), shape, jnp.float32)
     rules = [
         stp_jax.Rule(path="conv1|fc", weight_scale="max"),
         stp_jax.Rule(path=".*", budget=32, weight_scale="max"),
     ]
-    model = stp_jax.quantize(model, stp_jax.Policy(rules))
+    model = stp_jax.quantize(_float_model(config), stp_jax.Policy(rules))
     stp_jax.calibrate(model, [image])
     network = hwmodel.trace(model, image, name="ResNet-18")
     activations = hwmodel.record_activations(model, image)
@@ -150,6 +157,7 @@ def _designs(config: HardwareConfig, model: Any, weights, activations) -> dict[s
         "TermMac": hwmodel.TermMac(group_size=group_pe.group_size, grouping=group_pe.grouping),
         "GroupPE": group_pe,
         "GroupPE packed": stp_jax.group_pe(model, packed=True),
+        "GroupPE of 2 lanes": dataclasses.replace(group_pe, lanes=2),
         "GroupPE of 4 lanes": dataclasses.replace(group_pe, lanes=4),
     }
     for name, term_pe in term_pes.items():
@@ -160,6 +168,39 @@ def _designs(config: HardwareConfig, model: Any, weights, activations) -> dict[s
             activations=activations,
         )
     return designs
+
+
+def _narrow_designs(config: HardwareConfig, activations: Any) -> dict[str, Any]:
+    """Dot products with weights of few bits in all layers, the first and the last as well."""
+    designs = {}
+    for bits in NARROW_WEIGHTS:
+        rule = stp_jax.Rule(path=".*", bits=bits, weight_scale="search")
+        narrow = stp_jax.quantize(_float_model(config), stp_jax.Policy([rule]))
+        designs[f"DotProduct of 8, int{bits}"] = hwmodel.Design(
+            array=_array(config, hwmodel.DotProduct(lanes=8, weight_bits=bits)),
+            weights=stp_jax.integer_weights(narrow),
+            activations=activations,
+        )
+    return designs
+
+
+def _gates_table(network: hwmodel.Network, designs: dict[str, Any], inner: Any) -> pd.DataFrame:
+    """The comparison by gates, of all layers and of the inner ones alone."""
+    layers = hwmodel.Network(tuple(layer for layer in network if layer.name in inner))
+    alone = {
+        name: dataclasses.replace(
+            design,
+            **{
+                operand: {layer: value for layer, value in given.items() if layer in inner}
+                for operand in ("budgets", "weights", "activations")
+                if (given := getattr(design, operand)) is not None
+            },
+        )
+        for name, design in designs.items()
+    }
+    of_inner = hwmodel.compare_by_gates(layers, alone)[["pj_per_mac", "saving_over_dot_8"]]
+    table = hwmodel.compare_by_gates(network, designs).join(of_inner.add_prefix("inner_"))
+    return table[[*table.columns.drop("reason"), "reason"]]
 
 
 def _without_nan(frame: pd.DataFrame) -> pd.DataFrame:
@@ -176,10 +217,12 @@ def run(config: HardwareConfig, workdir: Path, console: Console) -> None:
     if config.by is not None:
         for name, design in list(designs.items())[1:]:
             designs[name] = hwmodel.match(design, reference, network, by=config.by)
-    by_gates = hwmodel.compare_by_gates(network, designs)
+    narrow = {} if config.by else _narrow_designs(config, activations)
+    by_gates = _gates_table(network, designs | narrow, stp_jax.budgets(model))
     frame = hwmodel.compare(network, designs).drop(columns="pe")
     print(f"weights: {source}; activations: one image of noise; first and last layer int8")
-    print("\narray energy by gates, 45 nm; saving over the int8 dot product of the same class:")
+    print("\narray energy by gates, 45 nm; saving over the int8 dot product of the same class;")
+    print("inner: in all layers but the first and the last")
     print(by_gates.drop(columns="reason").to_string(float_format="{:.2f}".format, na_rep="-"))
     for name, reason in by_gates["reason"].items():
         if reason:

@@ -21,10 +21,11 @@ from stp_jax.hwmodel.numbers import Operands, Vector, as_real, namespace_of
 from stp_jax.hwmodel.smoothing import smooth_minimum
 from stp_jax.hwmodel.term_histogram import lookup
 
+BITS = 8
 GROUP_SIZE = 8  # of the measured group PE
 DOT_LANES = (1, 8)  # of the measured int8 dot products
+GROUP_BITS = (BITS, 4)  # of weights in the measured group PEs of several lanes
 NARROW_WEIGHTS = (4, 3, 2)  # bits of the other measured dot products' weights; all of 8 lanes
-BITS = 8
 # Of activations where they are not given: half-Gaussian with 40 % zeros, as in the measurements.
 LIVE_SHARE = 0.6
 MEAN_BITS = 3.0
@@ -43,6 +44,21 @@ GROUP_EVENTS = (
     "group_further_empty_slot",
     "group_load",
 )
+# Of edges by lanes and bits: those that explain what was measured. In narrow edges little moves, so
+# that some cannot be told apart.
+_LANE_EDGE_EVENTS = {
+    (4, 8): (
+        "group",
+        "second_term",
+        "third_term",
+        "further_pass",
+        "early_term",
+        "vacant_lane",
+    ),
+    (2, 8): ("group", "early_term", "vacant_lane"),
+    (4, 4): ("group", "second_term", "third_term", "early_term"),
+    (2, 4): ("group", "second_term", "further_pass", "early_term"),
+}
 EDGE_EVENTS = ("edge_group", "edge_second_slot", "edge_further_slot")
 
 
@@ -51,16 +67,17 @@ def dot_name(lanes: int, weight_bits: int = BITS) -> str:
     return f"dot_{lanes}" + (f"_w{weight_bits}" if weight_bits != BITS else "")
 
 
-def lane_event_names(lanes: int) -> tuple[str, ...]:
+def lane_name(lanes: int, bits: int = BITS) -> str:
+    """What stands in a table's entries for group PEs of several lanes and weights of these bits."""
+    return f"{lanes}" + (f"_w{bits}" if bits != BITS else "")
+
+
+def lane_event_names(lanes: int, bits: int = BITS) -> tuple[str, ...]:
     """Entries of a table for group PEs of several lanes and their edge."""
+    name = lane_name(lanes, bits)
     pe = ("", "_moved_lane", "_bit", "_load", "_bus")
-    edge = ["group", "second_term", "third_term", "further_pass", "early_term", "vacant_lane"]
-    if lanes == 2:
-        edge.remove("third_term")
-    return (
-        *(f"pass_{lanes}{part}" for part in pe),
-        *(f"edge_{lanes}_{part}" for part in edge),
-    )
+    edge = _LANE_EDGE_EVENTS.get((lanes, bits), _LANE_EDGE_EVENTS[4, BITS])
+    return (*(f"pass_{name}{part}" for part in pe), *(f"edge_{name}_{part}" for part in edge))
 
 
 def live_shares(network: Network, activations: Operands | None) -> np.ndarray:
@@ -206,7 +223,7 @@ def group_events(
 
 
 def lane_events(
-    folding: Folding, lanes: int, passes: Vector, slots: Vector, terms: Vector, bits: np.ndarray
+    folding: Folding, name: str, passes: Vector, slots: Vector, terms: Vector, bits: np.ndarray
 ) -> dict[str, Vector]:
     """Events of `GroupPE`s of several lanes, real vectors over layers.
 
@@ -215,7 +232,7 @@ def lane_events(
 
     Args:
       folding: of the network onto the array.
-      lanes: L, terms a pass.
+      name: that of its entries, as `lane_name`.
       passes: of all groups, each met once by every output pixel; by layer.
       slots: of these passes, in lanes that the budget uses: ceil(k / passes) in each; by layer.
       terms: in these slots.
@@ -224,12 +241,12 @@ def lane_events(
     xp = namespace_of(terms)
     empty = 1.0 - terms / xp.maximum(slots, 1.0)
     each = {
-        f"pass_{lanes}": passes,
-        f"pass_{lanes}_moved_lane": slots * (1.0 - empty * empty),
-        f"pass_{lanes}_bit": terms * as_real(bits, xp),
+        f"pass_{name}": passes,
+        f"pass_{name}_moved_lane": slots * (1.0 - empty * empty),
+        f"pass_{name}_bit": terms * as_real(bits, xp),
     }
     by_pixel = {name: count * folding.P for name, count in each.items()}
-    return {**by_pixel, **bus_events(folding, f"pass_{lanes}")}
+    return {**by_pixel, **bus_events(folding, f"pass_{name}")}
 
 
 def term_mac_events(
@@ -267,6 +284,7 @@ def edge_events(budgets: Vector, smoothing: float) -> dict[str, Vector]:
 
 def lane_edge_events(
     lanes: int,
+    bits: int,
     budgets: Vector,
     passes: Vector,
     held: Callable[[Vector], Vector],
@@ -280,6 +298,7 @@ def lane_edge_events(
 
     Args:
       lanes: L, terms a pass.
+      bits: of a weight.
       budgets: k by entry, that is by layer or by filter.
       passes: of a group, by entry.
       held: caps by entry -> mean terms of a layer's groups, none counted beyond its cap.
@@ -295,12 +314,13 @@ def lane_edge_events(
         within(xp.full_like(budgets, float(n))) for n in (1, 2, 3, lanes)
     )
     later = within(budgets) - whole
+    name = lane_name(lanes, bits)
     events = {
-        f"edge_{lanes}_group": xp.ones_like(further),
-        f"edge_{lanes}_second_term": second - first,
-        f"edge_{lanes}_third_term": third - second,
-        f"edge_{lanes}_further_pass": further,
-        f"edge_{lanes}_early_term": within((passes - 1.0) * lanes),
-        f"edge_{lanes}_vacant_lane": xp.maximum(further * lanes - later, 0.0),
+        f"edge_{name}_group": xp.ones_like(further),
+        f"edge_{name}_second_term": second - first,
+        f"edge_{name}_third_term": third - second,
+        f"edge_{name}_further_pass": further,
+        f"edge_{name}_early_term": within((passes - 1.0) * lanes),
+        f"edge_{name}_vacant_lane": xp.maximum(further * lanes - later, 0.0),
     }
-    return {name: events[name] for name in lane_event_names(lanes) if name in events}
+    return {event: events[event] for event in lane_event_names(lanes, bits) if event in events}

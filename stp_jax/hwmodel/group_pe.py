@@ -83,7 +83,7 @@ class GroupPE(PE):
       ValueError: group_size, bits or lanes not a positive integer, unknown encoding or grouping.
     """
 
-    measured: ClassVar[str] = "group_size=8, bits=8 and lanes=1 or lanes=4"
+    measured: ClassVar[str] = "group_size=8 and bits=8, or with lanes=2 or lanes=4 bits=4"
 
     group_size: Real = dataclasses.field(default=8, metadata=INTEGER)
     encoding: terms.Encoding = dataclasses.field(default="naf", metadata={"static": True})
@@ -234,7 +234,7 @@ class GroupPE(PE):
         if self.lanes > 1:
             return gates.lane_events(
                 work.folding,
-                self.lanes,
+                gates.lane_name(self.lanes, self.bits),
                 budgets.total(groups * passes),
                 budgets.total(groups * self._slots(budgets.k, passes, work.smoothing)),
                 held(budgets.k),
@@ -253,7 +253,9 @@ class GroupPE(PE):
 
     def _is_measured_size(self) -> bool:
         """Whether groups and bits are those of the measured PEs."""
-        return _is(self.group_size, gates.GROUP_SIZE) and self.bits == gates.BITS
+        wide = self.bits == gates.BITS
+        known = wide or (self.lanes > 1 and self.bits in gates.GROUP_BITS)
+        return _is(self.group_size, gates.GROUP_SIZE) and known
 
     def _slots(self, budgets: Vector, passes: Vector, smoothing: float) -> Vector:
         """Slots of a group in the lanes that its passes use; terms are spread over the passes."""
@@ -273,7 +275,12 @@ class GroupPE(PE):
         if self.lanes > 1:
             total = budgets.total(groups)
             return gates.lane_edge_events(
-                self.lanes, budgets.k, passes, lambda caps: held(caps) / total, budgets.mean
+                self.lanes,
+                self.bits,
+                budgets.k,
+                passes,
+                lambda caps: held(caps) / total,
+                budgets.mean,
             )
         events = gates.edge_events(budgets.k, smoothing)
         return {name: budgets.mean(count) for name, count in events.items()}

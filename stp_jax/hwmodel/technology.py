@@ -196,7 +196,8 @@ _GATES_45NM = {
 }
 _NANGATE_LANES = (
     "`python benchmarks/rtl_tables.py --liberty nangate45_typical.lib --node-nm 45 --clock-ns 3.4 "
-    "--group-pe gpe_lanes_4`: gates of rtl/gpe_lanes.v and weight_edge.v with 4 lanes in the "
+    "--group-pe gpe_lanes_4 gpe_lanes_2 gpe_lanes_4_w4 gpe_lanes_2_w4`: gates of rtl/gpe_lanes.v "
+    "and weight_edge.v with 4 and 2 lanes, for weights of 8 and 4 bits, in the "
     "Nangate 45 nm Open Cell Library, 1.1 V, 3.4 ns, 1 fF of wire per pin"
 )
 _GATES_LANES_45NM = {
@@ -211,10 +212,42 @@ _GATES_LANES_45NM = {
     "edge_4_further_pass": 0.6802,
     "edge_4_early_term": 0.9083,
     "edge_4_vacant_lane": 0.1055,
+    "pass_2": 0.8325,
+    "pass_2_moved_lane": 0.2308,
+    "pass_2_bit": 0.02333,
+    "pass_2_load": 3.701,
+    "pass_2_bus": 0.602,
+    "edge_2_group": 2.182,
+    "edge_2_early_term": 0.9139,
+    "edge_2_vacant_lane": 0.434,
+    "pass_4_w4": 1.102,
+    "pass_4_w4_moved_lane": 0.1593,
+    "pass_4_w4_bit": 0.02527,
+    "pass_4_w4_load": 3.535,
+    "pass_4_w4_bus": 0.7971,
+    "edge_4_w4_group": 1.148,
+    "edge_4_w4_second_term": 0.2573,
+    "edge_4_w4_third_term": 0.383,
+    "edge_4_w4_early_term": 0.5166,
+    "pass_2_w4": 0.6868,
+    "pass_2_w4_moved_lane": 0.1727,
+    "pass_2_w4_bit": 0.02332,
+    "pass_2_w4_load": 4.179,
+    "pass_2_w4_bus": 0.532,
+    "edge_2_w4_group": 1.046,
+    "edge_2_w4_second_term": 0.2028,
+    "edge_2_w4_further_pass": 0.4223,
+    "edge_2_w4_early_term": 0.2969,
 }
 _GATES_LANES_AREA_45NM = {
     "group_pe_8_of_4_lanes": 1465.0,
     "row_edge_8_of_4_lanes": 2453.0,
+    "group_pe_8_of_2_lanes": 963.0,
+    "row_edge_8_of_2_lanes": 1661.0,
+    "group_pe_8_of_4_lanes_w4": 1309.0,
+    "row_edge_8_of_4_lanes_w4": 1130.0,
+    "group_pe_8_of_2_lanes_w4": 867.0,
+    "row_edge_8_of_2_lanes_w4": 772.5,
 }
 _NANGATE_OTHERS = (
     "`python benchmarks/rtl_tables.py --liberty nangate45_typical.lib --node-nm 45 --clock-ns 3.4 "

@@ -16,12 +16,7 @@ _EXTREMES = np.array([-128, -127, -1, 0, 1, 85, -86, 127])
 
 
 def _within(weights: np.ndarray, design: Design) -> np.ndarray:
-    """Dense weights clipped to the width that the design takes; projected ones may have a bit more.
-
-    What lies beyond becomes the largest and the smallest value, sign bit alone included.
-    """
-    if design.takes_terms:
-        return weights
+    """Weights clipped to the width that the design takes, its smallest value included."""
     limit = 1 << (design.weight_bits - 1)
     return np.clip(weights, -limit, limit - 1)
 
@@ -38,12 +33,12 @@ def _operands(design: Design, budget: int, *, filters: int = 9) -> Operands:
     weights[:, 2] = -128
     weights[:, 3] = 127
     weights[:, 4] = 0
+    weights = _within(weights, design)
     if design.takes_terms:
         options = {"group_size": design.group, "budget": budget, "axis": -1}
         weights = np.asarray(terms.project(weights, method="greedy", **options))
     elif design.top == "mac_offset_dot":
         weights = np.maximum(weights, -127)  # sign and magnitude
-    weights = _within(weights, design)
     return Operands(
         activations=activations,
         weights=weights,
@@ -61,9 +56,9 @@ def test_the_models_cycles_are_the_verilogs(name: str, scale: int) -> None:
     design, pe, budget = DESIGNS[name], OTHERS[name], 5
     rng = np.random.default_rng(1)
     weights = rng.integers(-scale, scale, (1, 9, 8)) if scale else rng.integers(0, 65, (1, 9, 8))
+    weights = _within(weights, design)
     if design.takes_terms:
         weights = np.asarray(terms.project(weights, group_size=8, budget=budget, axis=-1))
-    weights = _within(weights, design)
     activations = rng.integers(0, 128, (1, 8))
     operands = Operands(activations=activations, weights=weights, psums=np.zeros((1, 9), int))
     first, end = design.drive(operands, budget).measured

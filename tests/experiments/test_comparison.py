@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 from rich.console import Console
 
-from experiments import configs
+from experiments import configs, results_page
 from experiments.comparison import (
     ALL_TERMS,
     ComparisonConfig,
@@ -174,7 +174,14 @@ def test_a_comparison_grows_and_a_failed_member_is_named(comparison):
 
 def made_up(**accuracies):
     """Results with these test accuracies by method, one a seed."""
-    common = dict.fromkeys(("saving_by_gates", "saving", "saving_with_encoder", "cycles"), 1.0)
+    savings = (
+        "saving",
+        "saving_with_encoder",
+        "saving_by_gates",
+        "saving_in_layers",
+        "saving_in_layers_with_encoder",
+    )
+    common = dict.fromkeys((*savings, "cycles"), 1.0)
     rows = [
         {
             "method": name,
@@ -233,12 +240,26 @@ def test_the_documentation_shows_the_stored_results():
 
 
 @pytest.mark.slow  # its fixture is
-def test_a_second_comparison_has_a_section_of_its_own(comparison):
-    results, title = comparison[2], "## More steps"
+def test_a_further_comparison_has_a_section_of_its_own(comparison):
+    results, title = comparison[2], "## Dense weights of few bits"
     assert title not in page(results)
-    rows = [{**row, "steps": 7654, "test": 12.34} for row in results["rows"]]
-    section = page(results, {**results, "rows": rows}).partition(title)[2]
-    assert "7,654" in section and "12.34" in section
+    rows = [
+        {**row, "steps": 7654, "test": 12.34, "saving_in_layers": 5.67} for row in results["rows"]
+    ]
+    section = page(results, {"narrow": {**results, "rows": rows}}).partition(title)[2]
+    assert all(shown in section for shown in ("7,654", "12.34", "5.67×"))
+
+
+def test_columns_that_say_nothing_are_left_out(comparison):
+    results = comparison[2]
+    silent = [{**row, "saving_in_layers": None} for row in results["rows"]]
+    assert "saving in layers" in page(results)
+    assert "saving in layers" not in page({**results, "rows": silent})
+
+
+def test_a_further_comparison_needs_a_known_name(capsys):
+    assert results_page.main(["--further", "nonsense", "runs"]) == 2
+    assert "must be among narrow, second" in capsys.readouterr().out
 
 
 def test_projections_are_compared_before_retraining(tmp_path):

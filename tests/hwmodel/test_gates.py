@@ -235,6 +235,49 @@ def test_dot_products_are_priced_by_steps_and_bits():
         }
 
 
+@pytest.mark.parametrize("bits", gates.NARROW_WEIGHTS)
+def test_dot_products_of_narrow_weights_are_priced_by_the_bits_that_change(bits):
+    largest = (1 << (bits - 1)) - 1
+    weights = np.random.default_rng(bits).integers(-largest, largest + 1, (11, 5))
+    inputs = {"fc": np.full((3, 11), 5)}
+    pe = hwmodel.DotProduct(lanes=8, weight_bits=bits)
+    counted = _counted(pe, activations=inputs, weights={"fc": weights})
+    changed = 0
+    for lane in weights.tolist():
+        before = [0] * bits
+        for weight in lane:
+            now = _bits(weight, bits)
+            changed += sum(a != b for a, b in zip(before, now, strict=True))
+            before = now
+    name = f"8_w{bits}"
+    expected = {"step": 2 * 5 * 3, "bit": changed * 3 * 3, "load": 2 * 4, "bus": 2 * 4 * 2}
+    assert counted == {f"{name}_{event}": count for event, count in expected.items()}
+
+
+def test_narrow_weights_are_checked_and_not_priced_by_the_table():
+    array = hwmodel.Array(rows=2, cols=2, pe=hwmodel.DotProduct(lanes=8, weight_bits=4))
+    by_gates = {"technology": hwmodel.NANGATE_45NM_GATES}
+    for weights, message in (
+        (None, "pass weights="),
+        ({"fc": np.full((11, 5), 8)}, "weight 8 exceeds int4"),
+        ({"fc": np.full((11, 5), 9)}, "weight 9 in magnitude exceeds 4 bits"),
+        ({"fc": np.ones((11, 5), int), "gone": np.ones(1, int)}, "gone"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hwmodel.evaluate(RAGGED, array, weights=weights, **by_gates)
+    lowest = {"fc": np.full((11, 5), -8)}
+    assert hwmodel.evaluate(RAGGED, array, weights=lowest, **by_gates).energy_pj["array"] > 0
+    with pytest.raises(hwmodel.technology.MissingEntryError, match="int8_by_int4_multiply"):
+        hwmodel.evaluate(RAGGED, array, weights=lowest)
+    with pytest.raises(ValueError, match="from 2 to 8, got 9"):
+        hwmodel.DotProduct(weight_bits=9)
+    for pe in (hwmodel.DotProduct(lanes=4, weight_bits=4), hwmodel.DotProduct(weight_bits=5)):
+        with pytest.raises(hwmodel.technology.MissingEntryError, match="weight_bits=4, 3 or 2"):
+            hwmodel.evaluate(
+                RAGGED, hwmodel.Array(rows=2, cols=2, pe=pe), weights=lowest, **by_gates
+            )
+
+
 def _bits(weight, precision=8):
     """Two's complement, sign first."""
     return [weight >> e & 1 for e in range(precision - 1, -1, -1)]
