@@ -3,8 +3,8 @@
 One input-stationary 32×32 array and one memory system; only the PE differs. Computational energy
 comes first by gates, for the PEs whose netlists were measured, then by the 45 nm table for all.
 The group PE and term revealing's tMAC run weights projected onto the budget (first and last layer
-keep every term), every other PE runs them as they are, but dot products of narrower weights, which
-run all layers in 4, 3 or 2 bits (by gates alone, and where arrays are not matched):
+keep every term), every other PE runs them as they are, but PEs for narrower weights, which run all
+layers in 4, 3 or 2 bits (by gates alone, and where arrays are not matched):
 
     python -m experiments.run --exp=hw_compare --set by=area
 
@@ -29,7 +29,8 @@ import stp_jax
 from experiments.config import ConfigError, check_choices
 from experiments.runtime.log import write_json
 from stp_jax import hwmodel, models
-from stp_jax.hwmodel.gates import NARROW_WEIGHTS
+from stp_jax.hwmodel import gates
+from stp_jax.terms import max_budget
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,16 +172,32 @@ def _designs(config: HardwareConfig, model: Any, weights, activations) -> dict[s
 
 
 def _narrow_designs(config: HardwareConfig, activations: Any) -> dict[str, Any]:
-    """Dot products with weights of few bits in all layers, the first and the last as well."""
+    """PEs for weights of few bits in all layers, the first and the last as well."""
+
+    def quantized(bits: int, budget: int | None) -> Any:
+        model = _float_model(config)
+        inner = stp_jax.Rule(path=".*", bits=bits, budget=budget, weight_scale="search")
+        outer = dataclasses.replace(inner, path="conv1|fc", budget=None)
+        return stp_jax.quantize(model, stp_jax.Policy([outer, inner]))
+
     designs = {}
-    for bits in NARROW_WEIGHTS:
-        rule = stp_jax.Rule(path=".*", bits=bits, weight_scale="search")
-        narrow = stp_jax.quantize(_float_model(config), stp_jax.Policy([rule]))
+    for bits in gates.NARROW_WEIGHTS:
         designs[f"DotProduct of 8, int{bits}"] = hwmodel.Design(
             array=_array(config, hwmodel.DotProduct(lanes=8, weight_bits=bits)),
-            weights=stp_jax.integer_weights(narrow),
+            weights=stp_jax.integer_weights(quantized(bits, None)),
             activations=activations,
         )
+    for bits in gates.GROUP_BITS[1:]:
+        if config.budget > max_budget(8, bits=bits):
+            continue
+        model = quantized(bits, config.budget)
+        for lanes in (2, 4):
+            designs[f"GroupPE of {lanes} lanes, {bits} bits"] = hwmodel.Design(
+                array=_array(config, stp_jax.group_pe(model, lanes=lanes)),
+                budgets=stp_jax.budgets(model),
+                weights=stp_jax.integer_weights(model),
+                activations=activations,
+            )
     return designs
 
 

@@ -242,11 +242,11 @@ _GATES_LANES_45NM = {
 _GATES_LANES_AREA_45NM = {
     "group_pe_8_of_4_lanes": 1465.0,
     "row_edge_8_of_4_lanes": 2453.0,
-    "group_pe_8_of_2_lanes": 963.0,
+    "group_pe_8_of_2_lanes": 962.9,
     "row_edge_8_of_2_lanes": 1661.0,
     "group_pe_8_of_4_lanes_w4": 1309.0,
     "row_edge_8_of_4_lanes_w4": 1130.0,
-    "group_pe_8_of_2_lanes_w4": 867.0,
+    "group_pe_8_of_2_lanes_w4": 867.2,
     "row_edge_8_of_2_lanes_w4": 772.5,
 }
 _NANGATE_OTHERS = (

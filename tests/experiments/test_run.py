@@ -390,13 +390,16 @@ def test_hw_compare_sets_all_processing_elements_side_by_side(tmp_path, run_here
     assert len(designs) == 16 and "untrained" in results["weights"] and "Huang" in out
     by_gates = results["designs_by_gates"]
     narrow = [f"DotProduct of 8, int{bits}" for bits in (4, 3, 2)]
-    assert [*by_gates] == [*designs, *narrow]
+    groups = {lanes: f"GroupPE of {lanes} lanes" for lanes in (2, 4)}
+    assert [*by_gates] == [*designs, *narrow, *(f"{name}, 4 bits" for name in groups.values())]
     for figure in ("pj_per_mac", "inner_pj_per_mac"):
         costs = [by_gates[name][figure] for name in ("DotProduct of 8", *narrow)]
         assert costs == sorted(costs, reverse=True)
     # The first layer keeps all its terms, which costs group PEs more than the others.
-    lanes = by_gates["GroupPE of 4 lanes"]
-    assert lanes["inner_saving_over_dot_8"] > lanes["saving_over_dot_8"]
+    for name in groups.values():
+        row, few_bits = by_gates[name], by_gates[f"{name}, 4 bits"]
+        assert row["inner_saving_over_dot_8"] > row["saving_over_dot_8"]
+        assert few_bits["inner_pj_per_mac"] < row["inner_pj_per_mac"]
     unknown = {name for name, row in by_gates.items() if row["pj_per_mac"] is None}
     assert unknown == {"Stripes", "BitPragmatic", "Laconic", "Bitlet"}
     assert all(bool(row["reason"]) == (name in unknown) for name, row in by_gates.items())
