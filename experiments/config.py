@@ -100,6 +100,8 @@ class Config:
     encoding: Encoding = "naf"
     method: Method = "optimal"
     weight_bits: int = 8  # of the layers with budgets
+    # Share of the least error that scales may cost which leave weights room to grow in training.
+    scale_slack: float = 0.0
     activation_bits: int = 8
     embeddings: bool = False  # budgets also for embedding tables that are the last layer (tied)
     guidance: float = 0.05  # fraction of the way to few-term values per step, at its peak
@@ -169,7 +171,7 @@ def _check(c: Config) -> None:
         need(getattr(c, key) >= 1, key, "1 or more")
     for key in ("float_epochs", "guided_epochs", "budgeted_epochs", "retrain_epochs"):
         need(getattr(c, key) >= 0, key, "0 or more")
-    for key in ("weight_decay", "bn_batches", "energy_weight"):
+    for key in ("weight_decay", "bn_batches", "energy_weight", "scale_slack"):
         need(getattr(c, key) >= 0, key, "0 or more")
     need(0 <= c.activation_sram < 2**53, "activation_sram", "from 0 to below 2**53")
     for key in ("float_lr", "guided_lr", "retrain_lr", "budget_lr", "temperature"):

@@ -37,10 +37,7 @@ from stp_jax.quant.calibration import mean_terms
 _STRONG_LANES = 4  # terms a cycle of the strongest group PE that the table by gates has
 _STRONG_INT8 = hwmodel.DotProduct(lanes=8)  # the int8 PE of its throughput class
 # Where results hold savings by gates, and what tables say of the PEs.
-_GATES = {
-    "by_gates": "",
-    "by_gates_strongest": ", strongest PEs of a class",
-}
+_GATES = {"by_gates": "", "by_gates_strongest": ", strongest PEs of a class"}
 _PACKAGES = ("stp-jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain")
 
 
@@ -111,24 +108,25 @@ def _layers_by_gates(
         pj, encoder = (float(np.sum(report.energy_pj[kind])) for kind in kinds)
         return pj * 1e-6, encoder * 1e-6
 
-    def fitting(widths: Sequence[int]) -> int:
-        return min(bits for bits in widths if bits >= config.weight_bits)
-
-    group_pe = stp_jax.group_pe(model)
-    narrow = hwmodel.DotProduct(weight_bits=fitting((8, *gates.NARROW_WEIGHTS)))
+    # As terms, weights of b bits reach 2**(b - 1), one more than two's complement holds.
+    largest = max(int(np.maximum(w, ~w).max(initial=0)) for w in weights.values())
+    held = (bits for bits in gates.NARROW_WEIGHTS if largest < 1 << (bits - 1))
+    narrow = hwmodel.DotProduct(weight_bits=min(held, default=gates.BITS))
     pes: dict[str, tuple[hwmodel.PE, dict[str, Any]]] = {"dot_product": (narrow, {})}
+    group_pe = stp_jax.group_pe(model)
+    bits = min(bits for bits in gates.GROUP_BITS if bits >= config.weight_bits)
     for lanes in (2, 4):
-        wide = dataclasses.replace(group_pe, lanes=lanes, bits=fitting(gates.GROUP_BITS))
-        pes[f"group_pe_of_{lanes}_lanes"] = wide, {"budgets": cost.budgets}
+        pe = dataclasses.replace(group_pe, lanes=lanes, bits=bits)
+        pes[f"group_pe_of_{lanes}_lanes"] = pe, {"budgets": cost.budgets}
     int8, _ = energies(_STRONG_INT8)
     found = {}
-    for name, (pe, operands) in pes.items():
+    for name, (chosen, operands) in pes.items():
         try:
-            uj, encoder = energies(pe, weights=weights, **operands)
+            uj, encoder = energies(chosen, weights=weights, **operands)
         except MissingEntryError:  # groups of another size
             continue
         found[name] = {
-            "pe": str(pe),
+            "pe": str(chosen),
             "array_uj": uj,
             "encoder_uj": encoder,
             "saving": int8 / uj,
@@ -208,9 +206,9 @@ def write_results(context: Context, outcome: Outcome, name: str) -> dict[str, An
 def _savings(results: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """Computational energy savings, without and with the encoders, by how they were priced."""
     found = {
-        f"{gates['technology']}{which}": (gates["saving"], gates["saving_with_encoder"])
+        f"{priced['technology']}{which}": (priced["saving"], priced["saving_with_encoder"])
         for key, which in _GATES.items()
-        if (gates := results.get(key)) is not None
+        if (priced := results.get(key)) is not None
     }
     if layers := results.get("budgeted_layers_by_gates"):
         pes = {name: pe for name, pe in layers["pes"].items() if name.startswith("group_pe")}

@@ -140,7 +140,7 @@ def allocated_stage(run: Run) -> None:
     run.budgets = {path: k if isinstance(k, int) else np.asarray(k) for path, k in stored.items()}
     all_terms = stp_jax.budgets(run.model)
     stp_jax.set_budgets(run.model, run.budgets)
-    stp_jax.search_weight_scales(run.model)
+    stp_jax.search_weight_scales(run.model, slack=run.config.scale_slack)
     stp_jax.set_budgets(run.model, all_terms)
 
 

@@ -116,21 +116,25 @@ def calibrate(
         raise ValueError("calibration needs at least one batch of inputs")
 
 
-def search_weight_scales(model: Any, *, importance: Mapping[str, jax.Array] | None = None) -> None:
+def search_weight_scales(
+    model: Any, *, importance: Mapping[str, jax.Array] | None = None, slack: float = 0.0
+) -> None:
     """Sets every stored kernel scale to the best one at the layer's present budget, in place.
 
     Args:
       model: an STP model; a Linen one with its variables.
       importance: weights of the squared errors by layer path, of the kernel's shape (see
         `stp_jax.squared_gradients`); ones where there are none.
+      slack: the largest scale whose error exceeds the least by no more than this share is taken.
+        With few terms of few bits that leaves the weights room to grow in training.
 
     Raises:
-      ValueError: a path is not a quantized layer.
+      ValueError: a path is not a quantized layer, or slack is negative.
     """
     layers, importance = quantized_layers(model), importance or {}
     check_paths(importance, layers)
     for path, layer in layers.items():
-        layer.search_scale(importance.get(path))
+        layer.search_scale(importance.get(path), slack)
 
 
 def project_params(

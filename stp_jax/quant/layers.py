@@ -218,7 +218,11 @@ class LayerFormat:
         return x if self._runs is None else self._runs.join(x, shape)
 
     def best_scale(
-        self, kernel: jax.Array, budget: jax.typing.ArrayLike, importance: jax.Array | None = None
+        self,
+        kernel: jax.Array,
+        budget: jax.typing.ArrayLike,
+        importance: jax.Array | None = None,
+        slack: float = 0.0,
     ) -> jax.Array:
         """The scale of least squared error at the budget, float32, as it is stored."""
         axes = self._cut_axes
@@ -229,6 +233,7 @@ class LayerFormat:
             scale_axes=axes.scale,
             fmt=self.rule.format,
             importance=self._cut_importance(importance, kernel.shape),
+            slack=slack,
             powers_of_two=self.rule.power_of_two_scales,
         )
         return scale if self._runs is None else jnp.squeeze(scale, axes.groups)
@@ -565,13 +570,18 @@ class QuantizedLayer(abc.ABC):
         """
         return self._on_kernel(self.format.project_kernel, self._budget_or(budget), importance)
 
-    def search_scale(self, importance: jax.Array | None = None) -> None:
-        """Sets the stored scale to the one of least error at the present budget."""
+    def search_scale(self, importance: jax.Array | None = None, slack: float = 0.0) -> None:
+        """Sets the stored scale to the one of least error at the present budget.
+
+        Args:
+          importance: weights of the squared errors, of the kernel's shape.
+          slack: as by `stp_jax.search_weight_scales`.
+        """
         if self.rule.weight_scale == "max":
             return
 
         def search(kernel, _, budget, importance):
-            return self.format.best_scale(kernel, budget, importance)
+            return self.format.best_scale(kernel, budget, importance, slack)
 
         self.stored_scale = self._on_kernel(search, self._budget_or(None), importance)
 

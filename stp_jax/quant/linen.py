@@ -371,11 +371,15 @@ class QuantizedModule:
         return bound.variables
 
     def search_weight_scales(
-        self, variables: Variables, *, importance: Mapping[str, jax.Array] | None = None
+        self,
+        variables: Variables,
+        *,
+        importance: Mapping[str, jax.Array] | None = None,
+        slack: float = 0.0,
     ) -> dict[str, Any]:
         """The variables with searched kernel scales; see `stp_jax.search_weight_scales`."""
         bound = self.bind(variables)
-        calibration.search_weight_scales(bound, importance=importance)
+        calibration.search_weight_scales(bound, importance=importance, slack=slack)
         return bound.variables
 
     def project_params(

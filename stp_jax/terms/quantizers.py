@@ -317,8 +317,8 @@ def power_of_two(scale: jax.Array, *, up: bool = False) -> jax.Array:
     return scale + jnp.where(scale > 0, power - jax.lax.stop_gradient(scale), jnp.float32(0))
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
-def _search_scale(w, budget, importance, ratios, axes, scale_axes, fmt, powers):
+@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8))
+def _search_scale(w, budget, importance, ratios, slack, axes, scale_axes, fmt, powers):
     w = w.astype(jnp.float32)
     largest = max_scale(w, axes=scale_axes, bits=fmt.bits)
     if powers:
@@ -332,7 +332,10 @@ def _search_scale(w, budget, importance, ratios, axes, scale_axes, fmt, powers):
         return jnp.sum(error, axis=scale_axes, keepdims=True)
 
     errors = jax.lax.map(try_ratio, ratios)
-    return largest * ratios[jnp.argmin(errors, axis=0)]
+    near = errors <= (1.0 + slack) * jnp.min(errors, axis=0, keepdims=True)
+    # Ratios rise: the last near one, or without slack the first.
+    last = len(ratios) - 1 - jnp.argmax(near[::-1], axis=0)
+    return largest * ratios[jnp.where(slack > 0.0, last, jnp.argmin(errors, axis=0))]
 
 
 def search_scale(
@@ -345,6 +348,7 @@ def search_scale(
     importance: jax.Array | None = None,
     candidates: int = 24,
     lowest: float = 0.4,
+    slack: float = 0.0,
     powers_of_two: bool = False,
 ) -> jax.Array:
     """The scale per channel at which the projected weights lie nearest to w.
@@ -352,6 +356,11 @@ def search_scale(
     Tries ``candidates`` multiples from ``lowest`` to 1.15 of `max_scale` and keeps, per channel,
     the one of least squared error at the budget. With few terms the best grid is not the one that
     just reaches the largest weight, since few values near the top of the range are left.
+
+    Values of one term repeat at twice the scale, so that with few of them the error is nearly the
+    same over a wide range of scales. Weights that are left grow in training, and with few bits a
+    larger scale leaves them room: ``slack`` is the share of the least error that may be given for
+    it.
 
     Args:
       w: float weights.
@@ -362,15 +371,25 @@ def search_scale(
       importance: non-negative weights of the squared errors, broadcastable to w.
       candidates: how many scales to try, 1 or more.
       lowest: the smallest multiple.
+      slack: keep the largest scale whose error exceeds the least by no more than this share, and
+        try as many more multiples, up to 2.3; 0 keeps the best one.
       powers_of_two: try the power of two at or above `max_scale` and the three below it instead.
 
     Returns:
       float32, shaped as by `max_scale`.
+
+    Raises:
+      ValueError: no candidates, or slack is negative.
     """
     if candidates < 1:
         raise ValueError(f"candidates must be 1 or more, got {candidates}")
+    if not slack >= 0.0:
+        raise ValueError(f"slack must be 0 or more, got {slack}")
     budget = fmt.aligned_budget(budget, w.shape, axes)
     ratios = jnp.linspace(lowest, 1.15, candidates, dtype=jnp.float32)
+    if slack > 0.0:
+        further = jnp.linspace(1.15, 2.3, candidates + 1, dtype=jnp.float32)[1:]
+        ratios = jnp.concatenate([ratios, further])
     if powers_of_two:
-        ratios = jnp.asarray(POWER_RATIOS)
-    return _search_scale(w, budget, importance, ratios, axes, scale_axes, fmt, powers_of_two)
+        ratios = jnp.sort(jnp.asarray(POWER_RATIOS))
+    return _search_scale(w, budget, importance, ratios, slack, axes, scale_axes, fmt, powers_of_two)

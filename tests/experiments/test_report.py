@@ -5,6 +5,7 @@ import json
 import pytest
 
 from experiments.report import main
+from experiments.run import main as run
 
 
 def results(**changes):
@@ -38,6 +39,30 @@ def folder(tmp_path):
         return str(tmp_path / name)
 
     return make
+
+
+@pytest.mark.parametrize(
+    ("changes", "narrow", "group_pe"),
+    [
+        (["weight_bits=3", "terms_per_weight=0.5"], 3, 4),
+        (["weight_bits=4", "budget=16"], 4, 4),
+        (["terms_per_weight=0.5"], 8, 8),
+        (["weight_bits=4", "group_size=4", "budget=8"], 4, None),
+    ],
+)
+def test_layers_with_budgets_are_priced_on_the_pes_that_fit(changes, narrow, group_pe, tmp_path):
+    untrained = ["model_options.hidden=16", "float_epochs=0", "retrain_epochs=0"]
+    assert run(["--exp=stp_mlp", f"--workdir={tmp_path}", "--set", *untrained, *changes]) == 0
+    found = json.loads((tmp_path / "results.json").read_text())["budgeted_layers_by_gates"]
+    pes = found["pes"]
+    assert f"weight_bits={narrow})" in pes["dot_product"]["pe"]
+    lanes = {f"group_pe_of_{lanes}_lanes" for lanes in (2, 4)} if group_pe else set()
+    assert pes.keys() == {"dot_product", *lanes}
+    assert all(f"bits={group_pe}," in pes[name]["pe"] for name in lanes)
+    for pe in pes.values():
+        assert pe["saving"] == pytest.approx(found["int8_uj"] / pe["array_uj"])
+        assert pe["saving_with_encoder"] <= pe["saving"]
+    assert pes["dot_product"]["saving"] > 1 or narrow == 8
 
 
 def test_a_run_is_printed_again(folder, capsys):

@@ -174,6 +174,25 @@ def test_mistakes_are_named():
         project_scaled(W, SCALE, 1.5, axes=(1,), fmt=FORMAT)
     with pytest.raises(ValueError, match="candidates"):
         search_scale(W, 4, axes=(1,), scale_axes=(0, 1), candidates=0)
+    with pytest.raises(ValueError, match="slack must be 0 or more"):
+        search_scale(W, 4, axes=(1,), scale_axes=(0, 1), slack=-0.1)
+
+
+@pytest.mark.parametrize(("budget", "grows"), [(2, True), (16, False)])
+def test_slack_leaves_room_where_it_costs_little(budget, grows):
+    """Few terms of few bits are as near at larger scales; dense weights of few bits are not."""
+    fmt = WeightFormat(bits=4)
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(256, 8)), jnp.float32)
+    axes = {"axes": (0,), "scale_axes": (0,)}
+    best, roomy = (search_scale(w, budget, **axes, fmt=fmt, slack=slack) for slack in (0.0, 0.03))
+
+    def error(scale):
+        v = np.asarray(project_scaled(w, scale, budget, axes=(0,), fmt=fmt))
+        return ((np.asarray(scale) * v - np.asarray(w)) ** 2).sum(axis=0)
+
+    assert np.all(error(roomy) <= 1.0301 * error(best))
+    growth = np.asarray(roomy) / np.asarray(best)
+    assert np.all(growth >= 1) and (np.mean(growth) > 1.5) == grows
 
 
 def test_relaxed_budgets_lie_between_whole_ones():

@@ -1,6 +1,7 @@
-// Dot-product PE: LANES multiplications of int8 activations and weights of WEIGHT_WIDTH bits a cycle,
-// for COLUMNS columns that share the weights' registers. Each product is an array of AND gates (Baugh and Wooley's form of the signed one), and
-// one carry-save tree adds all partial products and the partial sum from above.
+// Dot-product PE: LANES multiplications a cycle, of activations by weights of their own width, for
+// COLUMNS columns that share the weights' registers. Each product is an array of AND gates (Baugh
+// and Wooley's form of the signed one), and one carry-save tree adds all partial products and the
+// partial sum from above.
 module mac_dot #(
     parameter LANES = 8,
     parameter COLUMNS = 1,
