@@ -26,18 +26,15 @@ from stp_jax.export.card import table as markdown_table
 DOCS = Path(__file__).parents[1] / "docs"
 DATA = DOCS / "results" / "compare_methods.json"
 PROJECTIONS = DATA.with_name("compare_projections.json")
-_IN_LAYERS = (
-    "*Saving in layers* is array energy by gates of an int8 dot product of eight over that of the "
-    "row's PE, in the layers with budgets alone: dot products of eight with weights of that width, "
-    "or group PEs of two or four lanes, whichever takes less "
-    "([how](hardware.md#energy-by-gates)). *With encoders* counts the edge of group PEs as well."
-)
 # Comparisons from other starts by the name of their file, with headings and what there is to say.
 FURTHER = {
     "narrow": (
         "Dense weights of few bits",
         "The strongest rivals of few terms are dense integers of few bits with learned scales. "
-        f"{_IN_LAYERS}",
+        "*Saving in layers* is array energy by gates of an int8 dot product of eight over that of "
+        "the row's PE, in the layers with budgets alone: dot products of eight with weights of "
+        "that width, or group PEs of two or four lanes, whichever takes less "
+        "([how](hardware.md#energy-by-gates)). *With encoders* counts the edge of group PEs too.",
     ),
     "second": (
         "More steps, and reconstruction first",
@@ -45,11 +42,7 @@ FURTHER = {
         "float model's outputs on the calibration images, without labels, and retraining goes on "
         "from there (`fit=reconstruct`).",
     ),
-    "vit": ("A vision transformer", _IN_LAYERS),
-    "mobilenet": ("MobileNetV2", _IN_LAYERS),
-    "resnet18": ("ResNet-18 on digits", _IN_LAYERS),
-    "lstm": ("An LSTM language model", _IN_LAYERS),
-    "decoder": ("A decoder language model", _IN_LAYERS),
+    "vit": ("A vision transformer on Fashion-MNIST", ""),
 }
 COMMAND = "python -m experiments.results_page"
 _STYLES = {"ours": ("o", "-"), "rival": ("s", "--"), "part": ("^", ":")}
