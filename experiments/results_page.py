@@ -172,11 +172,15 @@ def _further(name: str, results: Mapping[str, Any]) -> list[str]:
     """The section of a comparison from another start."""
     heading, note = FURTHER[name]
     table = summary(results).sort_values(["terms", "steps"], ascending=[False, True], kind="stable")
+    methods = results["methods"]
+    # Baselines keep all their terms, which no group PE is for.
+    baselines = table["method"].map(lambda name: methods[name]["kind"] == "baseline")
+    table.loc[baselines, ["saving_in_layers", "saving_in_layers_with_encoder"]] = None
     rows = [
         [
             _number(row["terms"], "g"),
             f"{row['steps']:,}",
-            results["methods"][row["method"]]["title"],
+            methods[row["method"]]["title"],
             *_accuracy(row),
             _number(row["saving_in_layers"], ".2f", "×"),
             _number(row["saving_in_layers_with_encoder"], ".2f", "×"),
