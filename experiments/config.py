@@ -100,8 +100,7 @@ class Config:
     encoding: Encoding = "naf"
     method: Method = "optimal"
     weight_bits: int = 8  # of the layers with budgets
-    # Share of the least error that scales may cost which leave weights room to grow in training.
-    scale_slack: float = 0.0
+    scale_slack: float = 0.0  # share of error given for scales with room to grow
     activation_bits: int = 8
     embeddings: bool = False  # budgets also for embedding tables that are the last layer (tied)
     guidance: float = 0.05  # fraction of the way to few-term values per step, at its peak
