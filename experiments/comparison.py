@@ -211,7 +211,8 @@ def _row(labels: Mapping[str, Any], method: Method, results: Mapping[str, Any]) 
     def at(split: str, stage: str) -> float | None:
         return (results[split] or {}).get(stage)
 
-    pes = results["budgeted_layers_by_gates"]["pes"]
+    # Members of earlier versions lack it.
+    pes = results.get("budgeted_layers_by_gates", {}).get("pes", {})
     able = [pe for name, pe in pes.items() if (name != "dot_product") == method.on_group_pes]
     costs = {
         "saving_by_gates": (results["by_gates"] or {}).get("saving"),
