@@ -333,9 +333,9 @@ def _search_scale(w, budget, importance, ratios, slack, axes, scale_axes, fmt, p
 
     errors = jax.lax.map(try_ratio, ratios)
     near = errors <= (1.0 + slack) * jnp.min(errors, axis=0, keepdims=True)
-    # Ratios rise: the last near one, or without slack the first.
-    last = len(ratios) - 1 - jnp.argmax(near[::-1], axis=0)
-    return largest * ratios[jnp.where(slack > 0.0, last, jnp.argmin(errors, axis=0))]
+    tried = ratios.reshape(-1, *(1,) * w.ndim)
+    roomy = jnp.max(jnp.where(near, tried, 0.0), axis=0)
+    return largest * jnp.where(slack > 0.0, roomy, ratios[jnp.argmin(errors, axis=0)])
 
 
 def search_scale(
@@ -391,5 +391,5 @@ def search_scale(
         further = jnp.linspace(1.15, 2.3, candidates + 1, dtype=jnp.float32)[1:]
         ratios = jnp.concatenate([ratios, further])
     if powers_of_two:
-        ratios = jnp.sort(jnp.asarray(POWER_RATIOS))
+        ratios = jnp.asarray(POWER_RATIOS)
     return _search_scale(w, budget, importance, ratios, slack, axes, scale_axes, fmt, powers_of_two)

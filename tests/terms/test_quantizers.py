@@ -195,6 +195,13 @@ def test_slack_leaves_room_where_it_costs_little(budget, grows):
     assert np.all(growth >= 1) and (np.mean(growth) > 1.5) == grows
 
 
+def test_a_filter_of_zeros_keeps_the_power_of_two_of_its_largest_weight():
+    """All scales are as good there; the first that is tried is that of `max_scale`."""
+    w = jnp.zeros((8, 1), jnp.float32)
+    found = search_scale(w, 1, axes=(0,), scale_axes=(0,), powers_of_two=True)
+    np.testing.assert_array_equal(found, max_scale(w, axes=(0,)))
+
+
 def test_relaxed_budgets_lie_between_whole_ones():
     w = jax.random.normal(jax.random.key(0), (24, 3))
     scale = 1.01 * max_scale(w, axes=(0,))  # nothing is clipped
