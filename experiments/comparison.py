@@ -22,6 +22,7 @@ import scipy.stats
 from rich.console import Console
 
 from experiments.config import Config, ConfigError, override
+from experiments.report import best_pe_in_layers
 from experiments.runtime.log import write_json
 from experiments.sweep import Member, run_members
 
@@ -211,9 +212,7 @@ def _row(labels: Mapping[str, Any], method: Method, results: Mapping[str, Any]) 
     def at(split: str, stage: str) -> float | None:
         return (results[split] or {}).get(stage)
 
-    # Members of earlier versions lack it.
-    pes = results.get("budgeted_layers_by_gates", {}).get("pes", {})
-    able = [pe for name, pe in pes.items() if (name != "dot_product") == method.on_group_pes]
+    in_layers = best_pe_in_layers(results, on_group_pes=method.on_group_pes) or {}
     costs = {
         "saving_by_gates": (results["by_gates"] or {}).get("saving"),
         "saving": results["computational_energy_saving"],
@@ -226,10 +225,8 @@ def _row(labels: Mapping[str, Any], method: Method, results: Mapping[str, Any]) 
         "test": at("top1_percent", method.stage),
         "terms_held": results["terms_per_weight"]["budgeted_layers"],
         **(costs if method.on_group_pes else dict.fromkeys(costs)),
-        "saving_in_layers": max((pe["saving"] for pe in able), default=None),
-        "saving_in_layers_with_encoder": max(
-            (pe["saving_with_encoder"] for pe in able), default=None
-        ),
+        "saving_in_layers": in_layers.get("saving"),
+        "saving_in_layers_with_encoder": in_layers.get("saving_with_encoder"),
         "terms_by_layer": results["terms_per_weight"]["by_layer"],
     }
 

@@ -12,7 +12,7 @@ import functools
 import importlib.metadata
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from stp_jax import export, hwmodel
 from stp_jax.export.card import table
 from stp_jax.hwmodel import gates
 from stp_jax.hwmodel.technology import MissingEntryError
+from stp_jax.hwmodel.term_histogram import lookup
 from stp_jax.quant.calibration import mean_terms
 
 _STRONG_LANES = 4  # terms a cycle of the strongest group PE that the table by gates has
@@ -83,23 +84,21 @@ def _by_gates(
     }
 
 
-def _layers_by_gates(
-    evaluate: Callable[..., stp_jax.ModelCost], model: Any, config: Config
-) -> dict[str, Any]:
+def _layers_by_gates(cost: stp_jax.ModelCost, model: Any, config: Config) -> dict[str, Any]:
     """Array energies of the layers with budgets alone, on every measured PE that can run them.
 
     The others, in most models the first and the last layer, keep all terms or eight bits whatever
     the method, and need other PEs than the narrowest.
     """
     technology = hwmodel.NANGATE_45NM_GATES
-    cost = evaluate()
-    layers = [layer for layer in cost.network if layer.name.partition("@")[0] in cost.budgets]
+    budgeted = (layer for layer in cost.network if lookup(cost.budgets, layer) is not None)
+    network = hwmodel.Network(tuple(budgeted))
     weights = {name: cost.weights[name] for name in cost.budgets}
     array = hwmodel.Array(rows=config.rows, cols=config.cols)
 
     def energies(pe: hwmodel.PE, **operands: Any) -> tuple[float, float]:
         report = hwmodel.evaluate(
-            hwmodel.Network(tuple(layers)),
+            network,
             dataclasses.replace(array, pe=pe),
             technology=technology,
             **operands,
@@ -112,17 +111,22 @@ def _layers_by_gates(
     largest = max(int(np.maximum(w, ~w).max(initial=0)) for w in weights.values())
     held = (bits for bits in gates.NARROW_WEIGHTS if largest < 1 << (bits - 1))
     narrow = hwmodel.DotProduct(weight_bits=min(held, default=gates.BITS))
-    pes: dict[str, tuple[hwmodel.PE, dict[str, Any]]] = {"dot_product": (narrow, {})}
-    group_pe = stp_jax.group_pe(model)
+    pes: dict[str, tuple[hwmodel.PE, dict[str, Any]]] = {
+        "dot_product": (narrow, {"weights": weights})
+    }
     bits = min(bits for bits in gates.GROUP_BITS if bits >= config.weight_bits)
+    group_pe = dataclasses.replace(stp_jax.group_pe(model), bits=bits)
+    work = {
+        "budgets": cost.budgets,
+        "weights": hwmodel.measure_terms(network, weights, group_pe),
+    }
     for lanes in (2, 4):
-        pe = dataclasses.replace(group_pe, lanes=lanes, bits=bits)
-        pes[f"group_pe_of_{lanes}_lanes"] = pe, {"budgets": cost.budgets}
+        pes[f"group_pe_of_{lanes}_lanes"] = dataclasses.replace(group_pe, lanes=lanes), work
     int8, _ = energies(_STRONG_INT8)
     found = {}
     for name, (chosen, operands) in pes.items():
         try:
-            uj, encoder = energies(chosen, weights=weights, **operands)
+            uj, encoder = energies(chosen, **operands)
         except MissingEntryError:  # groups of another size
             continue
         found[name] = {
@@ -187,7 +191,7 @@ def write_results(context: Context, outcome: Outcome, name: str) -> dict[str, An
         # The simple PEs of the package's Verilog; then the strongest pair that was measured.
         "by_gates": _by_gates(evaluate, 1, hwmodel.BitParallel()),
         "by_gates_strongest": _by_gates(evaluate, _STRONG_LANES, _STRONG_INT8),
-        "budgeted_layers_by_gates": _layers_by_gates(evaluate, outcome.model, config),
+        "budgeted_layers_by_gates": _layers_by_gates(cost, outcome.model, config),
         # By the table of arithmetic energies.
         "computational_energy_saving": cost.saving,
         "computational_energy_saving_with_encoder": cost.saving_with_encoder,
@@ -203,6 +207,16 @@ def write_results(context: Context, outcome: Outcome, name: str) -> dict[str, An
     return results
 
 
+def best_pe_in_layers(results: Mapping[str, Any], *, on_group_pes: bool) -> dict[str, Any] | None:
+    """The PE that takes least in the layers with budgets, of group PEs or of dot products.
+
+    None where none was measured, or results are of a version that did not ask.
+    """
+    pes = results.get("budgeted_layers_by_gates", {}).get("pes", {})
+    able = [pe for name, pe in pes.items() if name.startswith("group_pe") == on_group_pes]
+    return max(able, key=lambda pe: pe["saving"], default=None)
+
+
 def _savings(results: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """Computational energy savings, without and with the encoders, by how they were priced."""
     found = {
@@ -210,12 +224,10 @@ def _savings(results: dict[str, Any]) -> dict[str, tuple[float, float]]:
         for key, which in _GATES.items()
         if (priced := results.get(key)) is not None
     }
-    if layers := results.get("budgeted_layers_by_gates"):
-        pes = {name: pe for name, pe in layers["pes"].items() if name.startswith("group_pe")}
-        if pes:
-            best = max(pes.values(), key=lambda pe: pe["saving"])
-            savings = (best["saving"], best["saving_with_encoder"])
-            found[f"{layers['technology']}, layers with budgets alone"] = savings
+    if best := best_pe_in_layers(results, on_group_pes=True):
+        technology = results["budgeted_layers_by_gates"]["technology"]
+        savings = (best["saving"], best["saving_with_encoder"])
+        found[f"{technology}, layers with budgets alone"] = savings
     table = f"{results['accelerator']['technology']} by the table"
     keys = ("computational_energy_saving", "computational_energy_saving_with_encoder")
     return found | {table: (results[keys[0]], results[keys[1]])}

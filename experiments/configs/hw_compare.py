@@ -100,7 +100,7 @@ def _float_model(config: HardwareConfig) -> Any:
     return model
 
 
-def _workload(config: HardwareConfig) -> tuple[Any, hwmodel.Network, Any, Any]:
+def _workload(config: HardwareConfig, float_model: Any) -> tuple[Any, hwmodel.Network, Any, Any]:
     """The projected model, its network, its weights before in int8, and its int8 activations."""
     shape = (1, config.image_size, config.image_size, 3)
     image = jax.random.normal(jax.random.key(config.seed), shape, jnp.float32)
@@ -108,7 +108,7 @@ def _workload(config: HardwareConfig) -> tuple[Any, hwmodel.Network, Any, Any]:
         stp_jax.Rule(path="conv1|fc", weight_scale="max"),
         stp_jax.Rule(path=".*", budget=32, weight_scale="max"),
     ]
-    model = stp_jax.quantize(_float_model(config), stp_jax.Policy(rules))
+    model = stp_jax.quantize(float_model, stp_jax.Policy(rules))
     stp_jax.calibrate(model, [image])
     network = hwmodel.trace(model, image, name="ResNet-18")
     activations = hwmodel.record_activations(model, image)
@@ -171,14 +171,13 @@ def _designs(config: HardwareConfig, model: Any, weights, activations) -> dict[s
     return designs
 
 
-def _narrow_designs(config: HardwareConfig, activations: Any) -> dict[str, Any]:
+def _narrow_designs(config: HardwareConfig, float_model: Any, activations: Any) -> dict[str, Any]:
     """PEs for weights of few bits in all layers, the first and the last as well."""
 
     def quantized(bits: int, budget: int | None) -> Any:
-        model = _float_model(config)
         inner = stp_jax.Rule(path=".*", bits=bits, budget=budget, weight_scale="search")
         outer = dataclasses.replace(inner, path="conv1|fc", budget=None)
-        return stp_jax.quantize(model, stp_jax.Policy([outer, inner]))
+        return stp_jax.quantize(float_model, stp_jax.Policy([outer, inner]))
 
     designs = {}
     for bits in gates.NARROW_WEIGHTS:
@@ -191,11 +190,12 @@ def _narrow_designs(config: HardwareConfig, activations: Any) -> dict[str, Any]:
         if config.budget > max_budget(8, bits=bits):
             continue
         model = quantized(bits, config.budget)
+        weights = stp_jax.integer_weights(model)
         for lanes in (2, 4):
             designs[f"GroupPE of {lanes} lanes, {bits} bits"] = hwmodel.Design(
                 array=_array(config, stp_jax.group_pe(model, lanes=lanes)),
                 budgets=stp_jax.budgets(model),
-                weights=stp_jax.integer_weights(model),
+                weights=weights,
                 activations=activations,
             )
     return designs
@@ -227,14 +227,15 @@ def _without_nan(frame: pd.DataFrame) -> pd.DataFrame:
 
 def run(config: HardwareConfig, workdir: Path, console: Console) -> None:
     """Prints the comparison, by gates and by the table, and writes it to `results.json`."""
-    model, network, weights, activations = _workload(config)
+    float_model = _float_model(config)
+    model, network, weights, activations = _workload(config, float_model)
     source = config.init_from or "He-initialised, untrained"
     designs = _designs(config, model, weights, activations)
     reference = next(iter(designs.values()))
     if config.by is not None:
         for name, design in list(designs.items())[1:]:
             designs[name] = hwmodel.match(design, reference, network, by=config.by)
-    narrow = {} if config.by else _narrow_designs(config, activations)
+    narrow = {} if config.by else _narrow_designs(config, float_model, activations)
     by_gates = _gates_table(network, designs | narrow, stp_jax.budgets(model))
     frame = hwmodel.compare(network, designs).drop(columns="pe")
     print(f"weights: {source}; activations: one image of noise; first and last layer int8")

@@ -64,11 +64,11 @@ EDGE_EVENTS = ("edge_group", "edge_second_slot", "edge_further_slot")
 
 def dot_name(lanes: int, weight_bits: int = BITS) -> str:
     """How a table's entries for dot products of this many lanes and bits a weight begin."""
-    return f"dot_{lanes}" + (f"_w{weight_bits}" if weight_bits != BITS else "")
+    return f"dot_{lane_name(lanes, weight_bits)}"
 
 
 def lane_name(lanes: int, bits: int = BITS) -> str:
-    """What stands in a table's entries for group PEs of several lanes and weights of these bits."""
+    """What stands in a table's entries for PEs of these lanes and weights of these bits."""
     return f"{lanes}" + (f"_w{bits}" if bits != BITS else "")
 
 

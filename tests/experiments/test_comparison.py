@@ -250,6 +250,7 @@ def test_a_further_comparison_has_a_section_of_its_own(comparison):
     assert all(shown in section for shown in ("7,654", "12.34", "5.67×"))
 
 
+@pytest.mark.slow  # its fixture is
 def test_columns_that_say_nothing_are_left_out(comparison):
     results = comparison[2]
     silent = [{**row, "saving_in_layers": None} for row in results["rows"]]
