@@ -1,7 +1,7 @@
 """Flax's own example models, from `quantize` to a report: what of stp_jax works on foreign code.
 
-    git clone --depth 1 https://github.com/google/flax
-    python benchmarks/flax_examples.py --examples flax/examples
+    pip download --no-deps --no-binary flax flax==0.12.8 && tar -xf flax-0.12.8.tar.gz
+    python benchmarks/flax_examples.py --examples flax-0.12.8/examples
 
 The ImageNet ResNet-18 and the LM1B decoder (Linen) and Gemma (NNX), in small configurations and
 with random weights, so that errors are compared and not accuracies. Every model goes through the
@@ -32,11 +32,11 @@ TERMS_PER_WEIGHT = 0.5
 Example = tuple[Any, str, tuple[Any, ...], dict[str, Any]]  # model, exempt layers, inputs, options
 
 
-def imagenet(seed: int) -> Example:
-    """ResNet-18 on images of 64 × 64 pixels."""
+def imagenet(seed: int, filters: int = 64) -> Example:
+    """ResNet-18 on images of 64 × 64 pixels, with as many filters in its first layer."""
     models = importlib.import_module("models")
     images = jax.random.normal(jax.random.key(seed), (4, 64, 64, 3))
-    model = models.ResNet18(num_classes=1000, dtype=jnp.float32)
+    model = models.ResNet18(num_classes=1000, num_filters=filters, dtype=jnp.float32)
     return model, "conv_init|Dense_0", (images,), {"train": False}
 
 

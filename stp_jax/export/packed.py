@@ -44,7 +44,7 @@ VERSION = 4  # the latest that is read; a file is written as the first that has 
 _BY_FILTER, _BY_GROUP = 2, 3  # budgets by filter, scales by group
 _POWERS = 4  # power-of-two scales, with biases on the grid of the sums; all others are version 1
 Model = TypeVar("Model", bound=nnx.Module)
-_BUDGET = ".promote_dtype.budget"
+_BUDGET = "promote_dtype.budget"
 # What a header that does not say what it must leads to.
 _DAMAGE = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
 
@@ -52,8 +52,13 @@ _DAMAGE = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
 # --- Layers as tensors ----------------------------------------------------------------------------
 
 
+def _in_layer(path: str, name: str) -> str:
+    """The name of what a layer has; a model that is one layer itself has the path ""."""
+    return f"{path}.{name}" if path else name
+
+
 def _kernel_name(path: str, quantized: QuantizedLayer) -> str:
-    return f"{path}.{quantized.layer.kernel_name}"
+    return _in_layer(path, quantized.layer.kernel_name)
 
 
 def _slot_bits(rule: Rule, budgets: np.ndarray) -> np.ndarray:
@@ -111,7 +116,7 @@ def _layer_tensors(
     else:
         tensors[f"{name}.integers"] = jnp.asarray(integers.astype(_integer_type(rule)))
     if quantized.stored_input_scale is not None:
-        tensors[f"{path}.input.scale"] = quantized.input_scale
+        tensors[_in_layer(path, "input.scale")] = quantized.input_scale
     if rule.weight_scale == "max":
         # The largest weight that set the scale is gone: from now on the scale is a stored one.
         rule = dataclasses.replace(rule, weight_scale="search")
@@ -136,7 +141,7 @@ def _float_values(model: Any) -> dict[str, jax.Array]:
         names = _linen_names(without_quantizers(model).variables)
         flat = hooks.flat_variables(model.variables)
         return {name: unboxed(flat[key]) for name, key in names.items() if name not in kernels}
-    quantizers = tuple(f"{path}.promote_dtype." for path in layers)
+    quantizers = tuple(_in_layer(path, "promote_dtype.") for path in layers)
     return {
         name: variable[...]
         for name, variable in variables(model)
@@ -275,12 +280,13 @@ def _values(entries: Mapping[str, Any], tensors: dict[str, jax.Array]) -> dict[s
         try:
             values[entry["kernel"]] = _kernel(entry["kernel"], entry, tensors)
             scale = tensors.pop(f"{entry['kernel']}.scale")
-            values[f"{path}.promote_dtype.weight_scale"] = scale
-            values[f"{path}.promote_dtype.budget"] = _stored_budget(entry, scale)
+            values[_in_layer(path, "promote_dtype.weight_scale")] = scale
+            values[_in_layer(path, "promote_dtype.budget")] = _stored_budget(entry, scale)
         except _DAMAGE as error:
             raise ValueError(f"the file is damaged at layer {path!r}: {error}") from error
-        if f"{path}.input.scale" in tensors:
-            values[f"{path}.promote_dtype.activation_scale"] = tensors.pop(f"{path}.input.scale")
+        if (stored := _in_layer(path, "input.scale")) in tensors:
+            name = _in_layer(path, "promote_dtype.activation_scale")
+            values[name] = tensors.pop(stored)
     return values | tensors
 
 
@@ -353,10 +359,10 @@ def _load_linen(
     for layer_path, layer in quantized_layers(model).items():
         for key in flat:
             if key[0] in (STATE, LEARNED) and key[1:-1] == keys_of(layer.path):
-                names[f"{layer_path}.promote_dtype.{key[-1]}"] = key
+                names[_in_layer(layer_path, f"promote_dtype.{key[-1]}")] = key
     for name in names:
         scalar = name in values and values[name].ndim == 0
-        if scalar and name.endswith((_BUDGET, ".activation_scale")):
+        if scalar and name.endswith((_BUDGET, "promote_dtype.activation_scale")):
             values[name] = values[name].reshape(unboxed(flat[names[name]]).shape)
     wanted = {name: unboxed(flat[key]) for name, key in names.items()}
     check_fit(path, _with_budgets(wanted, values), values)

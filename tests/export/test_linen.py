@@ -59,6 +59,20 @@ def test_a_packed_model_comes_back_bit_for_bit(model, tmp_path):
     assert jax.tree.structure(again.variables) == jax.tree.structure(model.variables)
 
 
+def test_a_model_that_is_one_layer_comes_back(tmp_path):
+    policy = stp_jax.Policy([stp_jax.Rule(path=".*", budget=6)])
+    for layer in (nnx.Linear(8, 3, rngs=nnx.Rngs(0)), nn.Dense(3)):
+        quantized = stp_jax.quantize(layer, policy)
+        inputs = () if isinstance(layer, nnx.Module) else (X,)
+        model = quantized.bind(quantized.init(jax.random.key(0), X)) if inputs else quantized
+        stp_jax.calibrate(model, [X])
+        stp_jax.set_budgets(model, {"": np.array([1, 2, 3])})
+        export.save_packed(model, tmp_path / "layer.safetensors")
+        again = export.load_packed(layer, tmp_path / "layer.safetensors", *inputs)
+        np.testing.assert_array_equal(again(X), model(X))
+        np.testing.assert_array_equal(stp_jax.budgets(again)[""], [1, 2, 3])
+
+
 def test_packed_files_do_not_depend_on_the_api(model, tmp_path):
     """A file of a Linen model is read into its NNX twin."""
     export.save_packed(model, tmp_path / "model.safetensors")
