@@ -448,10 +448,9 @@ def area_entries(arguments: argparse.Namespace) -> dict[str, str]:
     entries = {"bit_parallel_pe": arguments.baseline}
     for design in map(DESIGNS.get, arguments.group_pe):
         lanes = lanes_of(design)
-        form = f"_of_{lanes}_lanes" if lanes > 1 else ""
-        form += f"_w{design.weight_bits}" if design.weight_bits != 8 else ""
-        entries[f"group_pe_8{form}"] = design.name
-        entries[f"row_edge_8{form}"] = weight_edge(lanes, design.weight_bits).name
+        pe, edge = gates.group_area_names(lanes, design.weight_bits)
+        entries[pe] = design.name
+        entries[edge] = weight_edge(lanes, design.weight_bits).name
     return entries
 
 

@@ -3,7 +3,8 @@
     python -m experiments.imagenet_page runs/stp_efficientnet_lite0_imagenet
 
 copies the results to ``docs/results`` and writes ``docs/imagenet.md`` from what lies there; without
-a folder it writes the page again. No number on the page is typed by hand.
+a folder it writes the page again. Results that lie there stay, for points that the run did not
+measure, if nothing but the points differs. No number on the page is typed by hand.
 """
 
 from __future__ import annotations
@@ -139,6 +140,22 @@ def page(results: Mapping[str, Any]) -> str:
     return "\n\n".join(text) + "\n"
 
 
+def merged(stored: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The new results, with the stored rows of other points if nothing but the points differs."""
+
+    def rest(results: Mapping[str, Any]) -> dict[str, Any]:
+        config = {k: v for k, v in results["config"].items() if k != "points"}
+        return {k: v for k, v in results.items() if k != "rows"} | {"config": config}
+
+    if not stored or rest(stored) != rest(new):
+        return dict(new)
+    measured = _points(new)
+    points = sorted({*_points(stored), *measured}, reverse=True)
+    rows = [*new["rows"], *(row for row in stored["rows"] if row["terms"] not in measured)]
+    rows.sort(key=lambda row: -row["terms"])
+    return {**new, "rows": rows, "config": {**new["config"], "points": points}}
+
+
 def main(arguments: list[str]) -> int:
     """Writes the page from a run's folder, or again from the stored results."""
     if arguments:
@@ -151,6 +168,7 @@ def main(arguments: list[str]) -> int:
             if results["config"][key]:
                 results["config"][key] = Path(results["config"][key]).name
         DATA.parent.mkdir(exist_ok=True)
+        results = merged(json.loads(DATA.read_text()) if DATA.exists() else {}, results)
         DATA.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     if not DATA.exists():
         print(f"error: there are no results of --exp={EXPERIMENT} yet; name that run's folder")

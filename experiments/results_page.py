@@ -43,6 +43,7 @@ FURTHER = {
         "from there (`fit=reconstruct`).",
     ),
     "vit": ("A vision transformer on Fashion-MNIST", ""),
+    "lstm": ("An LSTM on text", "Accuracies are of the next character."),
 }
 COMMAND = "python -m experiments.results_page"
 _STYLES = {"ours": ("o", "-"), "rival": ("s", "--"), "part": ("^", ":")}

@@ -215,8 +215,10 @@ def _gates_table(network: hwmodel.Network, designs: dict[str, Any], inner: Any) 
         )
         for name, design in designs.items()
     }
-    of_inner = hwmodel.compare_by_gates(layers, alone)[["pj_per_mac", "saving_over_dot_8"]]
-    table = hwmodel.compare_by_gates(network, designs).join(of_inner.add_prefix("inner_"))
+    of_inner = hwmodel.compare_by_gates(layers, alone)
+    figures = ["pj_per_mac", "saving_over_dot_8", "um2_per_mac"]
+    table = hwmodel.compare_by_gates(network, designs).drop(columns="um2_per_mac")
+    table = table.join(of_inner[figures].add_prefix("inner_"))
     return table[[*table.columns.drop("reason"), "reason"]]
 
 
@@ -240,7 +242,7 @@ def run(config: HardwareConfig, workdir: Path, console: Console) -> None:
     frame = hwmodel.compare(network, designs).drop(columns="pe")
     print(f"weights: {source}; activations: one image of noise; first and last layer int8")
     print("\narray energy by gates, 45 nm; saving over the int8 dot product of the same class;")
-    print("inner: in all layers but the first and the last")
+    print("inner: in all layers but the first and the last; um2: of PEs and edge, at this budget")
     print(by_gates.drop(columns="reason").to_string(float_format="{:.2f}".format, na_rep="-"))
     for name, reason in by_gates["reason"].items():
         if reason:

@@ -36,6 +36,7 @@ _GATES_COLUMNS = (
     "saving",
     "saving_with_encoder",
     "saving_over_dot_8",
+    "um2_per_mac",
     "reason",
 )
 
@@ -233,8 +234,9 @@ def compare_by_gates(
       ``encoder_pj_per_mac``: that of the array's edge, NaN where it was not measured;
       ``class_lanes``: of the `int8_baseline`; ``saving``, ``saving_with_encoder``: of array energy
       over that baseline on the same array; ``saving_over_dot_8``: over the dot product of 8
-      whatever the class, the int8 PE of least energy in the table; ``reason``: why energies are
-      NaN, else empty.
+      whatever the class, the int8 PE of least energy in the table; ``um2_per_mac``: area of PEs
+      and edge for each multiplication a cycle (`peak_macs`), NaN where one was not measured;
+      ``reason``: why energies are NaN, else empty.
 
     Raises:
       ValueError: the technology is not by gates, or what `evaluate` refuses, save PEs that were not
@@ -266,6 +268,7 @@ def _gates_row(network: Network, design: Design, technology: Technology) -> dict
     row["pj_per_mac"] = ours.energy_pj["array"].sum() / network.macs
     row["saving"] = computational_saving(int8, ours)
     row["saving_over_dot_8"] = computational_saving(strongest, ours)
+    row["um2_per_mac"] = _known_area_um2(design.array, technology) / peak_macs(design, network)
     # Serialisers and schedulers of the digit-serial PEs are not in the table.
     if isinstance(design.array.pe, GroupPE | BitParallel | DotProduct):
         row["encoder_pj_per_mac"] = ours.energy_pj["encoder"].sum() / network.macs

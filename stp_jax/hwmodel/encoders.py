@@ -13,9 +13,11 @@ from typing import Literal
 
 import pandas as pd
 
+from stp_jax.hwmodel import gates
 from stp_jax.hwmodel.arrays import Array
 from stp_jax.hwmodel.group_pe import GroupPE
 from stp_jax.hwmodel.numbers import Real
+from stp_jax.hwmodel.pes import refuse_unmeasured
 from stp_jax.hwmodel.technology import HOROWITZ_45NM, Technology
 from stp_jax.terms import ENCODINGS
 
@@ -80,15 +82,32 @@ def edge_encoders(
 
 
 def array_area_um2(array: Array, technology: Technology = HOROWITZ_45NM) -> dict[str, Real]:
-    """Area of the PEs and edge encoders of all arrays, µm², without buffers and serialisers."""
+    """Area of the PEs and edge encoders of all arrays, µm², without buffers.
+
+    By gates an edge includes the rows' serialisers, and those of packed terms are left out.
+
+    Raises:
+      MissingEntryError: the technology lacks an area; by gates, a PE that was not measured.
+    """
     places = array.count * array.rows * array.cols
     area = {"pes": places * array.pe.area_um2(technology), "encoders": 0.0}
-    encoders = (
-        edge_encoders(array, technology=technology) if isinstance(array.pe, GroupPE) else None
-    )
-    if encoders is not None:
-        area["encoders"] = array.count * encoders.area_um2
+    if isinstance(array.pe, GroupPE):
+        if technology.basis == "gates":
+            area["encoders"] = array.count * _edge_by_gates(array, array.pe, technology)
+        elif encoders := edge_encoders(array, technology=technology):
+            area["encoders"] = array.count * encoders.area_um2
     return area
+
+
+def _edge_by_gates(array: Array, pe: GroupPE, technology: Technology) -> Real:
+    """Area of the edges of an array's rows, whose encoders are of naf."""
+    if pe.packed:
+        return 0.0
+    if type(pe) is not GroupPE or pe.encoding != "naf" or array.dataflow != "is":
+        refuse_unmeasured(pe, array.dataflow)
+    _, entry = gates.group_area_names(pe.lanes, pe.bits)
+    technology.require([entry], kind="area_um2")
+    return array.rows * technology.area_um2[entry]
 
 
 def encoder_table(array: Array, technology: Technology = HOROWITZ_45NM) -> pd.DataFrame:

@@ -72,6 +72,12 @@ def lane_name(lanes: int, bits: int = BITS) -> str:
     return f"{lanes}" + (f"_w{bits}" if bits != BITS else "")
 
 
+def group_area_names(lanes: int = 1, bits: int = BITS) -> tuple[str, str]:
+    """Entries of a table for the areas of a group PE and of one row's edge."""
+    form = (f"_of_{lanes}_lanes" if lanes > 1 else "") + (f"_w{bits}" if bits != BITS else "")
+    return f"group_pe_{GROUP_SIZE}{form}", f"row_edge_{GROUP_SIZE}{form}"
+
+
 def lane_event_names(lanes: int, bits: int = BITS) -> tuple[str, ...]:
     """Entries of a table for group PEs of several lanes and their edge."""
     name = lane_name(lanes, bits)

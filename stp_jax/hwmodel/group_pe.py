@@ -34,6 +34,7 @@ from stp_jax.hwmodel.pes import (
     Workload,
     composed_area,
     operand_register_bits,
+    refuse_unmeasured,
 )
 from stp_jax.hwmodel.smoothing import smooth_maximum, smooth_minimum
 from stp_jax.hwmodel.technology import Technology
@@ -128,12 +129,19 @@ class GroupPE(PE):
         return passes if smoothing > 0.0 else namespace_of(budgets).ceil(passes)
 
     def area_um2(self, technology: Technology) -> Real:
-        """Area of one PE: derived, a term lane plus its resident activations.
+        """Area of one PE: its netlist's by gates, else derived from activations and lanes.
 
         Interpolated linearly in g through the synthesised points: one term lane with a single
         resident activation, and the PE with 8. PEs of several lanes are interpolated linearly in
         L between 2 and 8 lanes, both with 8 activations; others cost what they do with one lane.
+        All of these are for weights of 8 bits, and narrower ones are taken to need as much.
         """
+        if technology.basis == "gates":
+            if not self._is_measured_size():
+                refuse_unmeasured(self, "is")
+            entry, _ = gates.group_area_names(self.lanes, self.bits)
+            technology.require([entry], kind="area_um2")
+            return technology.area_um2[entry]
         technology.require(["term_lane", "group_pe_8"], kind="area_um2")
         lane, eight = (technology.area_um2[name] for name in ("term_lane", "group_pe_8"))
         activation = (eight - lane) / 7

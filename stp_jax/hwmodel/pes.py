@@ -139,8 +139,8 @@ def refuse_unmeasured(pe: PE, dataflow: str) -> NoReturn:
     kind = type(pe)
     known = f"{kind.__name__} with {kind.measured}" if kind.measured else measured_pes()
     raise MissingEntryError(
-        f"energies by gates were measured on netlists of {known}, inputs resident; there are none "
-        f"of {pe!r} in dataflow {dataflow!r}"
+        f"energies and areas by gates are those of netlists of {known}, inputs resident; there are "
+        f"none of {pe!r} in dataflow {dataflow!r}"
     )
 
 

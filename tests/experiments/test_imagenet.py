@@ -181,6 +181,25 @@ def test_a_run_compares_all_ways_goes_on_and_fills_the_page(folder, tmp_path, mo
     assert json.loads((tmp_path / "results.json").read_text()) == results
 
 
+def test_points_of_another_run_stay_where_nothing_else_differs():
+    row = {"way": "compensated"}
+    stored = {
+        "config": {"points": [1.0, 0.5], "seed": 0},
+        "reference": {"float": 87.4},
+        "rows": [row | {"terms": 1.0, "seconds": 1}, row | {"terms": 0.5}],
+    }
+    new = stored | {
+        "config": {"points": [2.0, 1.0], "seed": 0},
+        "rows": [row | {"terms": 2.0}, row | {"terms": 1.0, "seconds": 2}],
+    }
+    merged = imagenet_page.merged(stored, new)
+    assert merged["config"] == {"points": [2.0, 1.0, 0.5], "seed": 0}
+    assert merged["rows"] == [*new["rows"], stored["rows"][1]]
+    for change in ({"reference": {"float": 87.2}}, {"config": {"points": [2.0], "seed": 1}}):
+        assert imagenet_page.merged(stored, new | change) == new | change
+    assert imagenet_page.merged({}, new) == new
+
+
 def test_the_page_is_what_its_results_give():
     if not imagenet_page.DATA.exists():
         pytest.skip("no results are stored")

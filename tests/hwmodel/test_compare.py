@@ -160,5 +160,9 @@ def test_by_gates_all_are_set_against_the_strongest_int8_pes():
     assert np.isnan(frame.loc["laconic", "pj_per_mac"])
     assert "no" in frame.loc["laconic", "reason"] and "Laconic" in frame.loc["laconic", "reason"]
     assert not frame.loc["lanes", "reason"]
+    assert frame.loc["eight", "um2_per_mac"] == pytest.approx(3965 / 8)
+    # Eight products in the one cycle that four terms take.
+    assert frame.loc["lanes", "um2_per_mac"] == pytest.approx((1465 + 2453 / 4) / 8)
+    assert np.isnan(frame.loc["laconic", "um2_per_mac"])
     with pytest.raises(ValueError, match="by the table, not by gates"):
         hwmodel.compare_by_gates(network, designs, technology=hwmodel.HOROWITZ_45NM)

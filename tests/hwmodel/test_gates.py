@@ -108,7 +108,7 @@ def test_the_edge_serialises_every_group_that_is_read():
 def test_what_was_not_measured_has_no_energy_by_gates(array):
     weights = {"fc": np.zeros((64, 16), np.int64)}
     inputs = {"fc": np.zeros((5, 64), np.int64)}
-    with pytest.raises(ValueError, match="measured on netlists"):
+    with pytest.raises(ValueError, match="are those of netlists"):
         hwmodel.evaluate(
             NETWORK, array, weights=weights, activations=inputs, technology=_technology()
         )
