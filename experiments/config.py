@@ -87,8 +87,9 @@ class Config:
     terms_per_weight: float = 0.75  # mean over the layers with budgets, when they are allocated
     allocate_for: Resource = "balanced"  # the resource that is distributed (`stp_jax.term_costs`)
     budgets_by: Literal["layer", "filter"] = "filter"  # one allocated budget per layer or filter
-    # weights of errors: divergence of the outputs by layer, or squared gradients by weight
-    error_weighting: Literal["outputs", "gradients", "none"] = "none"
+    # weights of errors: of the layer's mean square, divergence of the outputs by layer, squared
+    # gradients by weight; measured: none, relative or outputs, whichever diverges least
+    error_weighting: Literal["none", "relative", "outputs", "gradients", "measured"] = "none"
     budget: int | None = None  # terms per group, the same in every layer; None allocates
     budgets: str | None = None  # JSON file {layer: terms per group, or a list by filter}, by hand
     int8_layers: str | None = None  # paths that keep all terms; None is the model's own choice

@@ -63,6 +63,7 @@ class Outcome(NamedTuple):
     validation: dict[str, float]  # empty if no examples are held out
     test: dict[str, float]  # empty unless they were read
     budgets: dict[str, Any]
+    divergences: dict[str, float]  # nats by weighting of errors, where the least was chosen
     model: nnx.Module  # what the last stage left, in evaluation mode
 
 
@@ -80,7 +81,14 @@ def train(context: Context) -> Outcome:
     # The test examples are read once, when there is nothing left to choose.
     for name, model in reported.items():
         record.accuracy("test", name, model)
-    return Outcome(record.values["validation"], record.values["test"], run.budgets, run.model)
+    values = record.values
+    return Outcome(
+        values["validation"],
+        values["test"],
+        run.budgets,
+        values.get("divergences", {}),
+        run.model,
+    )
 
 
 # --- The stages -----------------------------------------------------------------------------------
@@ -135,7 +143,7 @@ def int8_stage(run: Run) -> nnx.Module:
 def allocated_stage(run: Run) -> None:
     """Budgets are chosen, and the weights' scales searched at them; every term is still kept."""
     stored = run.record.value(
-        "budgets", lambda: jax.tree.map(plain, choose_budgets(run.context, run.model))
+        "budgets", lambda: jax.tree.map(plain, choose_budgets(run.context, run.record, run.model))
     )
     run.budgets = {path: k if isinstance(k, int) else np.asarray(k) for path, k in stored.items()}
     all_terms = stp_jax.budgets(run.model)
@@ -246,7 +254,11 @@ def plain(budget: Any) -> int | list[int]:
     return np.asarray(budget).tolist()
 
 
-def choose_budgets(context: Context, model: nnx.Module) -> dict[str, Any]:
+# Gradients are noisy, and need labels.
+MEASURED_WEIGHTINGS = ("none", "relative", "outputs")
+
+
+def choose_budgets(context: Context, record: Record, model: nnx.Module) -> dict[str, Any]:
     """Terms per group of each layer: by hand, uniform, or allocated by measured sensitivity.
 
     Raises:
@@ -258,12 +270,33 @@ def choose_budgets(context: Context, model: nnx.Module) -> dict[str, Any]:
         return read_budgets(c, filters(model))
     if c.budget is not None:
         return dict.fromkeys(layers, c.budget)
-    importance = error_weights(context, model)
     example = context.dataset.example_input()
     costs = stp_jax.term_costs(model, example, per=c.allocate_for, array=_array(c, model))
-    return stp_jax.allocate(
-        model, c.terms_per_weight, costs=costs, importance=importance, by=c.budgets_by
+
+    def allocated(weighting: str) -> dict[str, Any]:
+        weights = error_weights(context, model, weighting)
+        return stp_jax.allocate(
+            model, c.terms_per_weight, costs=costs, importance=weights, by=c.budgets_by
+        )
+
+    if c.error_weighting != "measured":
+        return allocated(c.error_weighting)
+    candidates = {weighting: allocated(weighting) for weighting in MEASURED_WEIGHTINGS}
+    divergences = record.value(
+        "divergences",
+        lambda: {name: projected_divergence(context, model, k) for name, k in candidates.items()},
     )
+    return candidates[min(divergences, key=divergences.__getitem__)]
+
+
+def projected_divergence(context: Context, model: nnx.Module, budgets: Mapping[str, Any]) -> float:
+    """How far budgets take the model's outputs on the calibration examples, in nats."""
+    projected = nnx.clone(model)
+    stp_jax.set_budgets(projected, budgets)
+    stp_jax.search_weight_scales(projected, slack=context.config.scale_slack)
+    reestimate_batch_norm(context, projected)
+    inputs = [sharding.gather(batch["input"]) for batch in context.calibration_batches()]
+    return stp_jax.output_divergence(projected, model, inputs)
 
 
 def _array(config: Config, model: nnx.Module) -> hwmodel.Array:
@@ -294,12 +327,16 @@ def energy_price(context: Context, model: nnx.Module) -> Callable[[nnx.Module], 
     return price
 
 
-def error_weights(context: Context, model: nnx.Module) -> dict[str, jax.Array] | None:
-    """Weights of the squared errors, measured on the calibration examples."""
+def error_weights(
+    context: Context, model: nnx.Module, weighting: str
+) -> dict[str, jax.Array] | None:
+    """Weights of the squared errors: of the weights alone, or on the calibration examples."""
     c = context.config
-    if c.error_weighting == "gradients":
+    if weighting == "gradients":
         return squared_gradients(context, model)
-    if c.error_weighting == "none":
+    if weighting == "relative":
+        return stp_jax.relative_importance(model)
+    if weighting == "none":
         return None
     inputs = [batch["input"] for batch in context.calibration_batches()]
     # Measured at half of what is to be allocated, where layers differ most; at least one term.

@@ -46,7 +46,9 @@ from stp_jax.quant.scale_steps import relative_scale_steps as relative_scale_ste
 from stp_jax.quant.sensitivity import error_curves as error_curves
 from stp_jax.quant.sensitivity import group_counts as group_counts
 from stp_jax.quant.sensitivity import measured_importance as measured_importance
+from stp_jax.quant.sensitivity import output_divergence as output_divergence
 from stp_jax.quant.sensitivity import output_divergences as output_divergences
+from stp_jax.quant.sensitivity import relative_importance as relative_importance
 from stp_jax.quant.sensitivity import squared_gradients as squared_gradients
 
 if _typing.TYPE_CHECKING:

@@ -28,4 +28,5 @@ CONFIG = Config(
     guided_lr=1e-3,
     retrain_lr=2e-3,
     weight_decay=0.01,
+    error_weighting="measured",
 )

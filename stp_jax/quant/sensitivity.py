@@ -93,8 +93,7 @@ def output_divergences(
 
     @jax.jit
     def divergence(state: Any, batch: Any, log_p: jax.Array) -> jax.Array:
-        log_q = outputs(state, batch)
-        return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+        return _divergence(log_p, outputs(state, batch))
 
     kept = list(batches)
     if not kept:
@@ -109,6 +108,68 @@ def output_divergences(
         new, _ = hooks.functional(changed)
         each = [divergence(new, x, log_p) for x, log_p in zip(kept, references, strict=True)]
         found[path] = float(np.mean(each))
+    return found
+
+
+def output_divergence(
+    model: Any,
+    reference: Any,
+    batches: Iterable[Any],
+    *,
+    call: Callable[[Any, Any], jax.Array] = call_model,
+) -> float:
+    """The divergence of a model's outputs from those of a reference.
+
+    It tells without labels which of several allocations leaves a model nearest to what it was; of
+    models with BatchNorm, once the statistics are measured again.
+
+    Args:
+      model: an STP model in evaluation mode (a Linen one with its variables).
+      reference: the float model, or an STP model with all its terms, likewise.
+      batches: inputs, each given to both as their only argument. A few hundred examples do.
+      call: how to call a model on a batch otherwise; it returns logits.
+
+    Returns:
+      Mean Kullback–Leibler divergence of the softmax over the last axis, in nats.
+
+    Raises:
+      ValueError: there is no batch.
+      TypeError: batches is an array.
+    """
+    check_batches(batches)
+
+    def log_outputs(model: Any) -> Callable[[Any], jax.Array]:
+        state, rebuild = hooks.functional(model)
+        logits = jax.jit(lambda state, batch: call(rebuild(state), batch).astype(jnp.float32))
+        return lambda batch: jax.nn.log_softmax(logits(state, batch))
+
+    log_p, log_q = log_outputs(reference), log_outputs(model)
+    each = [_divergence(log_p(batch), log_q(batch)) for batch in batches]
+    if not each:
+        raise ValueError("sensitivity needs at least one batch")
+    return float(np.mean(each))
+
+
+def _divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+
+
+def relative_importance(model: Any) -> dict[str, jax.Array]:
+    """Weights of the squared errors that make each layer's error a share of its weights' squares.
+
+    Where a norm follows, or layers multiply each other's outputs as queries and keys do, weights
+    may be of any size, and plain errors of different layers do not compare. Shares do.
+
+    Args:
+      model: an STP model, a Linen one with its variables.
+
+    Returns:
+      Layer path → float32 array of the kernel's shape, for `allocate`.
+    """
+    found = {}
+    for path, layer in quantized_layers(model).items():
+        squares = layer.kernel.astype(jnp.float32) ** 2
+        found[path] = jnp.full(squares.shape, 1 / jnp.maximum(jnp.mean(squares), _LEAST))
     return found
 
 

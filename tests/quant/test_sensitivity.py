@@ -122,3 +122,41 @@ def test_sensitivity_needs_batches():
         stp_jax.output_divergences(stp, [], 2)
     with pytest.raises(TypeError, match="list of batches"):
         stp_jax.output_divergences(stp, batches[0], 2)
+
+
+def test_the_divergence_from_a_reference_sees_all_layers():
+    stp, batches = logits_model()
+    changed = nnx.clone(stp)
+    path = next(iter(stp_jax.budgets(stp)))
+    stp_jax.set_budgets(changed, {path: 2})
+    stp_jax.quantized_layers(changed)[path].search_scale(None)
+    alone = stp_jax.output_divergences(stp, batches, 2)[path]
+    assert stp_jax.output_divergence(changed, stp, batches) == pytest.approx(alone, rel=1e-4)
+    assert stp_jax.output_divergence(stp, stp, batches) == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="at least one batch"):
+        stp_jax.output_divergence(stp, stp, [])
+    with pytest.raises(TypeError, match="list of batches"):
+        stp_jax.output_divergence(stp, stp, batches[0])
+
+
+def test_relative_errors_do_not_depend_on_the_size_of_a_layers_weights():
+    float_model = models.create(
+        "mlp", num_classes=5, rngs=nnx.Rngs(1), in_features=16, hidden=(16, 8)
+    )
+    stp = stp_jax.quantize(float_model, Policy([Rule(path=".*", budget=8, weight_scale="max")]))
+    path = next(iter(stp_jax.budgets(stp)))
+    larger = nnx.clone(stp)
+    modules = {".".join(map(str, name)): module for name, module in nnx.iter_modules(larger)}
+    modules[path].kernel[...] *= 4.0
+
+    def allocated(model):
+        importance = stp_jax.relative_importance(model)
+        curves = stp_jax.error_curves(model, importance=importance)
+        for name, layer in stp_jax.quantized_layers(model).items():
+            assert curves[name][0] == pytest.approx(layer.kernel.size, rel=1e-5)
+        return stp_jax.allocate(model, 0.5, importance=importance, by="filter")
+
+    before, after = allocated(stp), allocated(larger)
+    for name, budget in before.items():
+        np.testing.assert_array_equal(after[name], budget)
+    assert np.mean(stp_jax.allocate(larger, 0.5, by="filter")[path]) > np.mean(after[path])
