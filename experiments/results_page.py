@@ -43,7 +43,17 @@ FURTHER = {
         "from there (`fit=reconstruct`).",
     ),
     "vit": ("A vision transformer on Fashion-MNIST", ""),
+    "mobilenet": (
+        "MobileNetV2 on Fashion-MNIST",
+        "Images are resized to 16×16. Depthwise layers keep all their terms.",
+    ),
     "lstm": ("An LSTM on text", "Accuracies are of the next character."),
+    "decoder": (
+        "A decoder on text",
+        "Accuracies are of the next character. Plain errors give layers of small weights too few "
+        "terms; the divergence of the outputs does not, and `error_weighting=measured`, the "
+        "default of this network, chooses it ([how](method.md#budgets-by-layer)).",
+    ),
 }
 COMMAND = "python -m experiments.results_page"
 _STYLES = {"ours": ("o", "-"), "rival": ("s", "--"), "part": ("^", ":")}
