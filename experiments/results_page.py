@@ -45,7 +45,8 @@ FURTHER = {
     "vit": ("A vision transformer on Fashion-MNIST", ""),
     "mobilenet": (
         "MobileNetV2 on Fashion-MNIST",
-        "Images are resized to 16×16. Depthwise layers keep all their terms.",
+        "Images are resized to 16×16. Depthwise layers keep all their terms. Plain errors serve "
+        "this network badly ([other weightings](method.md#budgets-by-layer)).",
     ),
     "lstm": ("An LSTM on text", "Accuracies are of the next character."),
     "decoder": (
