@@ -167,9 +167,7 @@ def projected_stage(run: Run) -> nnx.Module:
     if fit == "none":
         stp_jax.set_budgets(run.model, run.budgets)
     else:
-        # Whole in every process, as layers are fitted to all examples at once.
-        batches = [sharding.gather(b["input"]) for b in run.context.calibration_batches()]
-        _FITS[fit](run.model, batches, run.budgets)
+        _FITS[fit](run.model, whole_inputs(run.context), run.budgets)
     reestimate_batch_norm(run.context, run.model)
     return run.model
 
@@ -282,20 +280,28 @@ def choose_budgets(context: Context, record: Record, model: nnx.Module) -> dict[
     if c.error_weighting != "measured":
         return allocated(c.error_weighting)
     candidates = {weighting: allocated(weighting) for weighting in MEASURED_WEIGHTINGS}
-    divergences = record.value(
-        "divergences",
-        lambda: {name: projected_divergence(context, model, k) for name, k in candidates.items()},
-    )
+
+    def measured() -> dict[str, float]:
+        inputs = whole_inputs(context)
+        return {n: projected_divergence(context, model, k, inputs) for n, k in candidates.items()}
+
+    divergences = record.value("divergences", measured)
     return candidates[min(divergences, key=divergences.__getitem__)]
 
 
-def projected_divergence(context: Context, model: nnx.Module, budgets: Mapping[str, Any]) -> float:
-    """How far budgets take the model's outputs on the calibration examples, in nats."""
+def whole_inputs(context: Context) -> list[jax.Array]:
+    """The calibration examples, whole in every process: for what sees all of them at once."""
+    return [sharding.gather(batch["input"]) for batch in context.calibration_batches()]
+
+
+def projected_divergence(
+    context: Context, model: nnx.Module, budgets: Mapping[str, Any], inputs: list[jax.Array]
+) -> float:
+    """How far budgets take the model's outputs on these inputs, in nats."""
     projected = nnx.clone(model)
     stp_jax.set_budgets(projected, budgets)
     stp_jax.search_weight_scales(projected, slack=context.config.scale_slack)
     reestimate_batch_norm(context, projected)
-    inputs = [sharding.gather(batch["input"]) for batch in context.calibration_batches()]
     return stp_jax.output_divergence(projected, model, inputs)
 
 

@@ -14,7 +14,7 @@ import math
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from benchmarks.rtl.design import VERILOG, Design, Stimulus
@@ -179,11 +179,17 @@ def simulate(design: Design, routed: Routed, stimulus: Stimulus) -> Path:
     return folder / "changes.vcd"
 
 
+def _statements(blif: str) -> Iterator[tuple[str, list[str]]]:
+    """The first word of every line, and the others."""
+    for line in filter(str.strip, blif.splitlines()):
+        kind, *words = line.split()
+        yield kind, words
+
+
 def _nets_by_wire(blif: str) -> dict[str, str]:
     """The BLIF file's nets by the wires that drive them in VPR's netlist."""
     nets = {}
-    for line in blif.splitlines():
-        kind, *words = line.split() or [""]
+    for kind, words in _statements(blif):
         if kind == ".inputs":
             nets |= {f"{name}_output_0_0": name for name in words}
         elif kind == ".names":
@@ -206,28 +212,27 @@ def _nets_by_wire(blif: str) -> dict[str, str]:
 
 def _passing_on(blif: str) -> set[str]:
     """Nets that only leave the design: the next PE's wires, as its inputs are this one's."""
-    outputs, read = set(), collections.Counter[str]()
-    for line in blif.splitlines():
-        kind, *words = line.split() or [""]
+    outputs, read = set[str](), set[str]()
+    for kind, words in _statements(blif):
         if kind == ".outputs":
             outputs |= set(words)
         elif kind == ".names":
             read.update(words[:-1])
         elif kind == ".latch":
-            read[words[0]] += 1
+            read.add(words[0])
         elif kind == ".subckt":
             read.update(
                 net
                 for pin, net in (word.split("=") for word in words[1:])
                 if re.sub(r"\[\d+\]", "", pin) not in OUTPUTS[words[0]]
             )
-    return {net for net in outputs if not read[net]}
+    return outputs - read
 
 
 def write_activities(routed: Routed, changes: Path, cycles: int) -> None:
     """VPR's activity file: each net's share of time at one, and its changes a cycle."""
-    nets = _nets_by_wire((routed.directory / "design.blif").read_text())
-    left_out = _passing_on((routed.directory / "design.blif").read_text())
+    blif = (routed.directory / "design.blif").read_text()
+    nets, left_out = _nets_by_wire(blif), _passing_on(blif)
     codes: dict[str, str] = {}
     toggles, high = collections.Counter[str](), collections.Counter[str]()
     last: dict[str, tuple[str, int]] = {}
@@ -274,7 +279,7 @@ def energy(design: Design, routed: Routed, stimulus: Stimulus, vtr: Path) -> dic
     given = ["--activity_file", "design.act", "--tech_properties", str(vtr / TECHNOLOGY)]
     _vpr(vtr, routed.directory, "--analysis", "--power", *given)
     report = (routed.directory / "design.power").read_text()
-    scale = 1e12 * routed.period_ns * 1e-9 * cycles / stimulus.multiplications
+    scale = 1e3 * routed.period_ns * cycles / stimulus.multiplications  # W for a cycle, to pJ
     parts = {"total": "Total", "routing": "Routing", "blocks": "PB Types", "clock": "Clock"}
     found = {}
     for part, name in parts.items():

@@ -58,9 +58,16 @@ def peak_macs(design: Design, network: Network) -> float:
     budgets of the design averaged over the network's multiply-accumulates; infinite if these are
     all zero.
     """
-    array, budget = design.array, None
+    array, report = design.array, None
     if isinstance(array.pe, GroupPE):
         report = evaluate(network, array, budgets=design.budgets, weights=design.weights)
+    return _peak_macs(array, report)
+
+
+def _peak_macs(array: Array, report: Report | None) -> float:
+    """As `peak_macs`, from a report on the array, which only group PEs need."""
+    budget = None
+    if isinstance(array.pe, GroupPE) and report is not None:
         budget = np.average(np.asarray(report.budgets), weights=report.operations["macs"])
         if budget == 0.0:
             return math.inf
@@ -268,7 +275,7 @@ def _gates_row(network: Network, design: Design, technology: Technology) -> dict
     row["pj_per_mac"] = ours.energy_pj["array"].sum() / network.macs
     row["saving"] = computational_saving(int8, ours)
     row["saving_over_dot_8"] = computational_saving(strongest, ours)
-    row["um2_per_mac"] = _known_area_um2(design.array, technology) / peak_macs(design, network)
+    row["um2_per_mac"] = _known_area_um2(design.array, technology) / _peak_macs(design.array, ours)
     # Serialisers and schedulers of the digit-serial PEs are not in the table.
     if isinstance(design.array.pe, GroupPE | BitParallel | DotProduct):
         row["encoder_pj_per_mac"] = ours.energy_pj["encoder"].sum() / network.macs

@@ -69,12 +69,16 @@ def dot_name(lanes: int, weight_bits: int = BITS) -> str:
 
 def lane_name(lanes: int, bits: int = BITS) -> str:
     """What stands in a table's entries for PEs of these lanes and weights of these bits."""
-    return f"{lanes}" + (f"_w{bits}" if bits != BITS else "")
+    return f"{lanes}{_width_name(bits)}"
+
+
+def _width_name(bits: int) -> str:
+    return f"_w{bits}" if bits != BITS else ""
 
 
 def group_area_names(lanes: int = 1, bits: int = BITS) -> tuple[str, str]:
     """Entries of a table for the areas of a group PE and of one row's edge."""
-    form = (f"_of_{lanes}_lanes" if lanes > 1 else "") + (f"_w{bits}" if bits != BITS else "")
+    form = (f"_of_{lanes}_lanes" if lanes > 1 else "") + _width_name(bits)
     return f"group_pe_{GROUP_SIZE}{form}", f"row_edge_{GROUP_SIZE}{form}"
 
 
