@@ -9,6 +9,7 @@ import importlib as _importlib
 import typing as _typing
 
 from stp_jax.quant.allocation import allocate as allocate
+from stp_jax.quant.allocation import allocate_by_divergence as allocate_by_divergence
 from stp_jax.quant.batch_norm import fold_batch_norm as fold_batch_norm
 from stp_jax.quant.bias import correct_bias as correct_bias
 from stp_jax.quant.budgets import budgets as budgets
@@ -48,7 +49,6 @@ from stp_jax.quant.sensitivity import group_counts as group_counts
 from stp_jax.quant.sensitivity import measured_importance as measured_importance
 from stp_jax.quant.sensitivity import output_divergence as output_divergence
 from stp_jax.quant.sensitivity import output_divergences as output_divergences
-from stp_jax.quant.sensitivity import relative_importance as relative_importance
 from stp_jax.quant.sensitivity import squared_gradients as squared_gradients
 
 if _typing.TYPE_CHECKING:

@@ -203,6 +203,8 @@ class Hooks:
     attention: Callable[[str, Callable], Callable | None] | None = None
     # Called with the path and the input of every BatchNorm that runs.
     batch_norm_input: Callable[[str, jax.Array], None] | None = None
+    # BatchNorms normalise by the statistics of the batch, and keep their running ones as they are.
+    batch_statistics: bool = False
 
 
 class _Attending(nnx.Module):
@@ -288,6 +290,24 @@ def _attach_nnx(path: str, module: Any, hooks: Hooks) -> None:
             return promote(operands, **options)
 
         _set_nnx(module, "promote_dtype", noting)
+    if hooks.batch_statistics and isinstance(module, nnx.BatchNorm):
+        promote_all = module.promote_dtype
+
+        def of_batch(operands: Operands, **options: Any) -> Operands:
+            x, mean, var, *others = promote_all(operands, **options)
+            return x, *_batch_statistics(x, module.axis, (mean, var)), *others
+
+        _set_nnx(module, "promote_dtype", of_batch)
+
+
+def _batch_statistics(
+    x: jax.Array, axis: int | Sequence[int], running: Sequence[jax.Array]
+) -> tuple[jax.Array, ...]:
+    """Mean and variance of x by channel, in the shapes and types of the running ones."""
+    channels = {a % x.ndim for a in ((axis,) if isinstance(axis, int) else axis)}
+    others = tuple(a for a in range(x.ndim) if a not in channels)
+    found = jnp.mean(x, others, jnp.float32), jnp.var(x, others, jnp.float32)
+    return tuple(y.reshape(r.shape).astype(r.dtype) for y, r in zip(found, running, strict=True))
 
 
 def _set_nnx(module: nnx.Module, name: str, value: Any) -> None:
@@ -374,6 +394,24 @@ def intercept(hooks: Sequence[Hooks], key: Any = None) -> Iterator[None]:
         yield
 
 
+def _normalised_by_batch(norm: nn.BatchNorm, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The call's arguments, x such that running statistics make of it what the batch's would.
+
+    The module reads its running statistics itself, and may not be able to write them.
+    """
+    x, *rest = args if args else (kwargs["x"],)
+    running: list[Any] = [norm.get_variable("batch_stats", name) for name in ("mean", "var")]
+    if any(value is None for value in running):  # the call that makes the variables
+        return args, kwargs
+    channels = {a % x.ndim for a in ((norm.axis,) if isinstance(norm.axis, int) else norm.axis)}
+    shape = [n if a in channels else 1 for a, n in enumerate(x.shape)]
+    mean, var = (y.reshape(shape) for y in _batch_statistics(x, norm.axis, running))
+    old_mean, old_var = (y.reshape(shape) for y in running)
+    factor = jnp.sqrt((old_var + norm.epsilon) / (var + norm.epsilon))
+    moved = ((x - mean) * factor + old_mean).astype(x.dtype)
+    return ((moved, *rest), kwargs) if args else ((), {**kwargs, "x": moved})
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Interceptor:
     hooks: tuple[Hooks, ...]
@@ -388,6 +426,8 @@ class _Interceptor:
         if isinstance(module, nn.BatchNorm) and context.method_name == "__call__":
             for note in self._all("batch_norm_input"):
                 note(path, args[0] if args else kwargs["x"])
+            if any(hooks.batch_statistics for hooks in self.hooks):
+                args, kwargs = _normalised_by_batch(module, args, kwargs)
         layer = _describe_linen(path, module, args, kwargs)
         with contextlib.ExitStack() as stack:
             for name, new in self._replacements(path, module, layer):

@@ -78,6 +78,38 @@ def test_every_call_is_replaced_once(api):
     assert seen == order
 
 
+@pytest.mark.parametrize("axis", [-1, 1])
+@pytest.mark.parametrize("api", MODELS)
+def test_batch_statistics_are_those_of_training_and_leave_the_running_ones(api, axis):
+    channels = jnp.arange(X.shape[axis], dtype=jnp.float32)
+    shift, scale = channels - 1.0, channels / 3.0 + 0.5
+    if api == "nnx":
+        model = nnx.BatchNorm(X.shape[axis], axis=axis, use_running_average=True, rngs=nnx.Rngs(0))
+        model.mean[...], model.var[...] = shift, scale
+        model.scale[...], model.bias[...] = scale, shift
+        trained = nnx.clone(model)
+        trained.use_running_average = False
+        expected = trained(X)
+    else:
+        norm = nn.BatchNorm(use_running_average=True, axis=axis)
+        running = {"mean": shift, "var": scale}
+        model = LinenModel(
+            norm, {"params": {"scale": scale, "bias": shift}, "batch_stats": running}
+        )
+        training = norm.clone(use_running_average=False)
+        expected, _ = training.apply(model.variables, X, mutable="batch_stats")
+    before = model(X)
+    hooked = hooks.attach(model, Hooks(batch_statistics=True))
+    np.testing.assert_allclose(hooked(X), expected, atol=1e-5)
+    assert float(jnp.max(jnp.abs(before - expected))) > 0.1
+    np.testing.assert_array_equal(model(X), before)
+    np.testing.assert_array_equal(hooks.attach(hooked, Hooks())(X), hooked(X))
+    if api == "nnx":
+        np.testing.assert_array_equal(hooked.mean[...], shift)
+    else:
+        np.testing.assert_allclose(hooked(x=X), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("api", MODELS)
 def test_later_hooks_are_outside_of_earlier_ones(api):
     def scaled(factor):

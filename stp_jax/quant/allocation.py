@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 
 from stp_jax.quant.budgets import budgets
+from stp_jax.quant.calibration import call_model
 from stp_jax.quant.layers import quantized_layers
-from stp_jax.quant.sensitivity import Granularity, error_curves, group_counts
+from stp_jax.quant.sensitivity import (
+    Granularity,
+    LayerDivergences,
+    error_curves,
+    group_counts,
+    spread_weights,
+)
 from stp_jax.terms.budgets import allocate_budgets
 
 
@@ -50,7 +58,8 @@ def allocate(
         the mean number of terms per weight.
       costs: layer path → cost of one more term per group; terms to store by default.
         `stp_jax.term_costs` has those of the accelerator. A layer's filters take equal shares.
-      importance: weights of the squared errors by layer, best `squared_gradients`; ones by default.
+      importance: weights of the squared errors by layer, as `measured_importance` has them; ones
+        by default.
       by: ``layer`` gives one budget to all filters of a layer, ``filter`` gives each its own.
       minimum: the least budget of a layer or filter.
 
@@ -76,3 +85,72 @@ def allocate(
     if unknown:
         raise ValueError(f"costs name no quantized layer: {', '.join(unknown)}")
     return allocate_budgets({path: curves[path] for path in costs}, costs, total, minimum=minimum)
+
+
+def allocate_by_divergence(
+    model: Any,
+    total: float,
+    batches: Iterable[Any],
+    *,
+    costs: Mapping[str, float] | None = None,
+    by: Granularity = "filter",
+    minimum: int = 1,
+    rounds: int = 3,
+    call: Callable[[Any, Any], jax.Array] = call_model,
+    batch_statistics: bool = True,
+) -> dict[str, Any]:
+    """Budgets by `allocate`, errors weighted by what they do to the model's outputs.
+
+    What a unit of a layer's error does is measured as `output_divergences` at uniform budgets of
+    half the total, then at the budgets that were allocated by it, and so on: it is not the same at
+    all budgets, and few terms are where it counts. Each round's weights are the geometric means of
+    the last ones and of those measured.
+
+    Args:
+      model: as for `output_divergences`: in evaluation mode and calibrated; its rules are those of
+        `allocate`. It is not changed.
+      total: as for `allocate`.
+      batches: inputs, without labels, each given to the model as its only argument. A few hundred
+        examples do.
+      costs: as for `allocate`.
+      by: likewise.
+      minimum: likewise.
+      rounds: how often to measure, at least once.
+      call: as for `output_divergences`.
+      batch_statistics: likewise.
+
+    Returns:
+      Layer path → terms per group, for `set_budgets`: an integer, or an int32 array ``[filters]``.
+
+    Raises:
+      ValueError: as by `allocate` and `output_divergences`, or rounds is below 1.
+      TypeError: batches is an array.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be 1 or more, got {rounds}")
+
+    def allocated(weights: Mapping[str, float | None]) -> dict[str, Any]:
+        importance = spread_weights(model, weights)
+        return allocate(model, total, costs=costs, importance=importance, by=by, minimum=minimum)
+
+    allocated({})  # which refuses what does not fit before anything is measured
+    single = LayerDivergences(model, batches, call=call, batch_statistics=batch_statistics)
+    half = _half(model, total)
+    weights = single.weights(half)
+    found = allocated(weights)
+    for _ in range(rounds - 1):
+        for path, new in single.weights({**half, **found}).items():
+            old = weights[path]
+            weights[path] = math.sqrt(old * new) if old and new else old or new
+        found = allocated(weights)
+    return found
+
+
+def _half(model: Any, total: float) -> dict[str, int]:
+    """Uniform budgets of half of so many terms per weight, where layers differ most."""
+    layers, found = quantized_layers(model), {}
+    for path in budgets(model):
+        rule = layers[path].rule
+        half = max(1, round(total * rule.group_size / 2))
+        found[path] = min(half, rule.format.max_budget)
+    return found

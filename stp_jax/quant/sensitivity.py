@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stp_jax import hooks
+from stp_jax.hooks import KernelLayer
 from stp_jax.quant.budgets import budgets, set_budgets
 from stp_jax.quant.calibration import call_model, check_batches, sum_over_batches
 from stp_jax.quant.layers import QuantizedLayer, quantized_layers
@@ -57,12 +58,114 @@ def squared_gradients(
     return {path: value / count for path, value in total.items()}
 
 
+class LayerDivergences:
+    """The divergences of `output_divergences`, compiled once for calls with any budgets."""
+
+    def __init__(
+        self,
+        model: Any,
+        batches: Iterable[Any],
+        *,
+        call: Callable[[Any, Any], jax.Array] = call_model,
+        batch_statistics: bool = True,
+    ):
+        """Takes what `output_divergences` does."""
+        check_batches(batches)
+        self._model = _with_all_terms(model)
+        self._batches = list(batches)
+        if not self._batches:
+            raise ValueError("sensitivity needs at least one batch")
+        self._kernels = {
+            path: layer.projected()
+            for path, layer in quantized_layers(self._model).items()
+            if not layer.is_stacked
+        }
+        state, rebuild = hooks.functional(self._model)
+
+        @jax.jit
+        def outputs(state: Any, kernels: dict[str, jax.Array], batch: Any) -> jax.Array:
+            replaced = hooks.Hooks(
+                operands=functools.partial(_with_kernel, kernels),
+                batch_statistics=batch_statistics,
+            )
+            logits = call(hooks.attach(rebuild(state), replaced), batch)
+            return jax.nn.log_softmax(logits.astype(jnp.float32))
+
+        @jax.jit
+        def divergence(
+            state: Any, kernels: dict[str, jax.Array], batch: Any, log_p: jax.Array
+        ) -> jax.Array:
+            return _divergence(log_p, outputs(state, kernels, batch))
+
+        self._references = [outputs(state, self._kernels, batch) for batch in self._batches]
+        self._divergence = divergence
+
+    def measure(self, budget: int | Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+        """Path of each layer that has a budget rule → mean divergence in nats, squared error."""
+        found = {}
+        for path in budgets(self._model):
+            changed = hooks.copy_model(self._model)
+            set_budgets(changed, {path: budget[path] if isinstance(budget, Mapping) else budget})
+            layer = quantized_layers(changed)[path]
+            layer.search_scale(None)
+            projected = layer.projected()
+            error = jnp.sum((projected - layer.kernel).astype(jnp.float32) ** 2)
+            kernels = self._kernels
+            if path in kernels:
+                kernels = {**kernels, path: projected}
+                # One shape of budgets for all, so that nothing is compiled again.
+                set_budgets(changed, {path: layer.rule.format.max_budget})
+            state, _ = hooks.functional(changed)
+            pairs = zip(self._batches, self._references, strict=True)
+            each = [self._divergence(state, kernels, x, log_p) for x, log_p in pairs]
+            found[path] = float(np.mean(each)), float(error)
+        return found
+
+    def weights(self, budget: int | Mapping[str, Any]) -> dict[str, float | None]:
+        """By layer, its divergence over its squared error; None if there is no error."""
+        # A layer that the outputs do not feel keeps a little weight, to break ties by error.
+        return {
+            path: max(divergence, _LEAST) / error if error > 0 else None
+            for path, (divergence, error) in self.measure(budget).items()
+        }
+
+
+def _with_all_terms(model: Any) -> Any:
+    """A copy of the model in which no layer is pruned."""
+    whole = hooks.copy_model(model)
+    layers = quantized_layers(whole)
+    for path, budget in budgets(whole).items():
+        most = layers[path].rule.format.max_budget
+        set_budgets(whole, {path: most})
+        if np.any(np.asarray(budget) < most):
+            quantized_layers(whole)[path].search_scale(None)
+    return whole
+
+
+def _with_kernel(
+    kernels: Mapping[str, jax.Array], layer: KernelLayer, promote: Callable
+) -> Callable | None:
+    """A layer's operands with a kernel that is quantized already; its own is not computed then."""
+    if layer.path not in kernels:
+        return None
+
+    def operands(operands: tuple[Any, ...], **kwargs: Any) -> tuple[Any, ...]:
+        promoted = list(promote(operands, **kwargs))
+        place = 0 if len(promoted) == 1 else 1
+        own = promoted[place]
+        promoted[place] = kernels[layer.path].astype(own.dtype).reshape(own.shape)
+        return tuple(promoted)
+
+    return operands
+
+
 def output_divergences(
     model: Any,
     batches: Iterable[Any],
     budget: int | Mapping[str, Any],
     *,
     call: Callable[[Any, Any], jax.Array] = call_model,
+    batch_statistics: bool = True,
 ) -> dict[str, float]:
     """The divergence of the model's outputs when one layer alone is projected, layer by layer.
 
@@ -72,10 +175,13 @@ def output_divergences(
 
     Args:
       model: an STP model in evaluation mode (a Linen one with its variables), with calibrated
-        inputs and all its terms; it is not changed.
+        inputs; it is not changed. Whatever its budgets are, all other layers keep all terms.
       batches: inputs, each given to the model as its only argument. A few hundred examples do.
       budget: terms per group, the same for all layers, or by layer path as for `set_budgets`.
       call: how to call the model on a batch otherwise; it returns logits.
+      batch_statistics: BatchNorms normalise by each batch's own statistics, here and before the
+        projection, since a projected model's are measured again; batches should then hold some
+        tens of examples. False keeps the running ones.
 
     Returns:
       Path of each layer that has a budget rule → mean divergence in nats.
@@ -84,31 +190,8 @@ def output_divergences(
       ValueError: there is no batch, or a budget is out of its range.
       TypeError: batches is an array.
     """
-    check_batches(batches)
-    state, rebuild = hooks.functional(model)
-
-    @jax.jit
-    def outputs(state: Any, batch: Any) -> jax.Array:
-        return jax.nn.log_softmax(call(rebuild(state), batch).astype(jnp.float32))
-
-    @jax.jit
-    def divergence(state: Any, batch: Any, log_p: jax.Array) -> jax.Array:
-        return _divergence(log_p, outputs(state, batch))
-
-    kept = list(batches)
-    if not kept:
-        raise ValueError("sensitivity needs at least one batch")
-    references = [outputs(state, batch) for batch in kept]
-    found = {}
-    for path in budgets(model):
-        changed = rebuild(state)
-        own = budget[path] if isinstance(budget, Mapping) else budget
-        set_budgets(changed, {path: own})
-        quantized_layers(changed)[path].search_scale(None)
-        new, _ = hooks.functional(changed)
-        each = [divergence(new, x, log_p) for x, log_p in zip(kept, references, strict=True)]
-        found[path] = float(np.mean(each))
-    return found
+    single = LayerDivergences(model, batches, call=call, batch_statistics=batch_statistics)
+    return {path: divergence for path, (divergence, _) in single.measure(budget).items()}
 
 
 def output_divergence(
@@ -154,43 +237,27 @@ def _divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
 
 
-def relative_importance(model: Any) -> dict[str, jax.Array]:
-    """Weights of the squared errors that make each layer's error a share of its weights' squares.
-
-    Where a norm follows, or layers multiply each other's outputs as queries and keys do, weights
-    may be of any size, and plain errors of different layers do not compare. Shares do.
-
-    Args:
-      model: an STP model, a Linen one with its variables.
-
-    Returns:
-      Layer path → float32 array of the kernel's shape, for `allocate`.
-    """
-    found = {}
-    for path, layer in quantized_layers(model).items():
-        squares = layer.kernel.astype(jnp.float32) ** 2
-        found[path] = jnp.full(squares.shape, 1 / jnp.maximum(jnp.mean(squares), _LEAST))
-    return found
-
-
 def measured_importance(
     model: Any,
     batches: Iterable[Any],
-    budget: int,
+    budget: int | Mapping[str, Any],
     *,
     call: Callable[[Any, Any], jax.Array] = call_model,
+    batch_statistics: bool = True,
 ) -> dict[str, jax.Array]:
     """Weights of the squared errors such that each layer's error is its `output_divergences`.
 
     One weight for a whole kernel: what a unit of its squared error does to the outputs, measured at
     one budget. It ranks layers better than a diagonal of squared gradients does, which few batches
-    leave noisy and which sees no error that others cancel.
+    leave noisy and which sees no error that others cancel. `allocate_by_divergence` measures it
+    where it allocates.
 
     Args:
       model: as for `output_divergences`.
       batches: likewise.
-      budget: terms per group at which to measure, best near the mean of what is to be allocated.
+      budget: terms per group at which to measure, best near what is to be allocated.
       call: likewise.
+      batch_statistics: likewise.
 
     Returns:
       Layer path → float32 array of the kernel's shape, for `allocate` and `search_weight_scales`.
@@ -198,19 +265,16 @@ def measured_importance(
     Raises:
       ValueError: as by `output_divergences`.
     """
-    found = {}
-    divergences = output_divergences(model, batches, budget, call=call)
-    probe = hooks.copy_model(model)
-    set_budgets(probe, dict.fromkeys(divergences, budget))
-    for path, layer in quantized_layers(probe).items():
-        weight = jnp.float32(1)
-        if path in divergences:
-            layer.search_scale(None)
-            error = jnp.sum((layer.projected() - layer.kernel).astype(jnp.float32) ** 2)
-            # A layer that the outputs do not feel keeps a little weight, to break ties by error.
-            weight = jnp.maximum(divergences[path], _LEAST) / jnp.maximum(error, _LEAST)
-        found[path] = jnp.full(layer.kernel.shape, weight, jnp.float32)
-    return found
+    single = LayerDivergences(model, batches, call=call, batch_statistics=batch_statistics)
+    return spread_weights(model, single.weights(budget))
+
+
+def spread_weights(model: Any, weights: Mapping[str, float | None]) -> dict[str, jax.Array]:
+    """One weight for each layer as arrays of the kernels' shapes; 1 for layers without one."""
+    return {
+        path: jnp.full(layer.kernel.shape, weights.get(path) or 1.0, jnp.float32)
+        for path, layer in quantized_layers(model).items()
+    }
 
 
 def _single_layers(model: Any) -> dict[str, QuantizedLayer]:

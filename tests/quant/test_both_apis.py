@@ -162,6 +162,11 @@ FUNCTIONS = {
     "error_curves": stp_jax.error_curves,
     "squared_gradients": lambda model: stp_jax.squared_gradients(model, loss, BATCHES),
     "allocate": lambda model: stp_jax.allocate(model, 1.0),
+    "output_divergences": lambda model: stp_jax.output_divergences(model, BATCHES, 2),
+    "output_divergences, running": lambda model: stp_jax.output_divergences(
+        model, BATCHES, 2, batch_statistics=False
+    ),
+    "allocate_by_divergence": lambda model: stp_jax.allocate_by_divergence(model, 0.75, BATCHES),
     "relax_budgets": relaxed,
     "error_curves by filter": lambda model: stp_jax.error_curves(model, by="filter"),
     "allocate by filter": lambda model: stp_jax.allocate(model, 1.0, by="filter"),

@@ -83,6 +83,9 @@ def test_outputs_diverge_where_a_layer_is_projected_and_nowhere_else():
     stp, batches = logits_model()
     before = [stp(x) for x in batches]
     whole = stp_jax.output_divergences(stp, batches, 32)
+    pruned = nnx.clone(stp)
+    stp_jax.set_budgets(pruned, 3)
+    assert stp_jax.output_divergences(pruned, batches, 32) == pytest.approx(whole, abs=1e-6)
     few = stp_jax.output_divergences(stp, batches, 1)
     assert list(whole) == list(few) == list(stp_jax.budgets(stp))
     for path in whole:
@@ -139,24 +142,118 @@ def test_the_divergence_from_a_reference_sees_all_layers():
         stp_jax.output_divergence(stp, stp, batches[0])
 
 
-def test_relative_errors_do_not_depend_on_the_size_of_a_layers_weights():
-    float_model = models.create(
-        "mlp", num_classes=5, rngs=nnx.Rngs(1), in_features=16, hidden=(16, 8)
+def normed_model(seed=0, *, factor=1.0):
+    """A convolution before a BatchNorm, its kernel multiplied, and a classifier."""
+    rngs = nnx.Rngs(seed)
+    conv, norm = nnx.Conv(4, 8, (3, 3), rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+    conv.kernel[...] *= factor
+    model = nnx.Sequential(
+        conv, norm, nnx.relu, lambda x: x.mean((1, 2)), nnx.Linear(8, 5, rngs=rngs)
     )
-    stp = stp_jax.quantize(float_model, Policy([Rule(path=".*", budget=8, weight_scale="max")]))
+    batches = [jax.random.normal(jax.random.key(i), (16, 6, 6, 4)) for i in range(2)]
+    model(batches[0])  # running statistics, which have seen little
+    model.eval()
+    stp = stp_jax.quantize(model, Policy([Rule(path=".*", budget=32, weight_scale="max")]))
+    stp_jax.calibrate(stp, batches)
+    return stp, batches
+
+
+def test_batch_norms_forgive_what_their_statistics_can_repair():
+    stp, batches = normed_model()
     path = next(iter(stp_jax.budgets(stp)))
-    larger = nnx.clone(stp)
-    modules = {".".join(map(str, name)): module for name, module in nnx.iter_modules(larger)}
-    modules[path].kernel[...] *= 4.0
+    found, running = (
+        stp_jax.output_divergences(stp, batches, 2, batch_statistics=own)[path]
+        for own in (True, False)
+    )
+    changed = nnx.clone(stp)
+    stp_jax.set_budgets(changed, {path: 2})
+    stp_jax.quantized_layers(changed)[path].search_scale(None)
+    for batch_statistics, expected in ((True, found), (False, running)):
+        each = []
+        for x in batches:
+            p, q = (nnx.clone(model) for model in (stp, changed))
+            if batch_statistics:
+                p.train()
+                q.train()
+            log_p, log_q = (jax.nn.log_softmax(model(x)) for model in (p, q))
+            each.append(jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)))
+        assert expected == pytest.approx(float(np.mean(each)), rel=1e-3)
+    assert found != pytest.approx(running, rel=0.1)
 
-    def allocated(model):
-        importance = stp_jax.relative_importance(model)
-        curves = stp_jax.error_curves(model, importance=importance)
-        for name, layer in stp_jax.quantized_layers(model).items():
-            assert curves[name][0] == pytest.approx(layer.kernel.size, rel=1e-5)
-        return stp_jax.allocate(model, 0.5, importance=importance, by="filter")
 
-    before, after = allocated(stp), allocated(larger)
-    for name, budget in before.items():
-        np.testing.assert_array_equal(after[name], budget)
-    assert np.mean(stp_jax.allocate(larger, 0.5, by="filter")[path]) > np.mean(after[path])
+def test_allocation_by_divergence_does_not_depend_on_the_size_of_weights_before_a_norm():
+    spent = []
+    for factor in (1.0, 16.0):
+        stp, batches = normed_model(factor=factor)
+        plain = stp_jax.allocate(stp, 0.5, by="filter")
+        found = stp_jax.allocate_by_divergence(stp, 0.5, batches)
+        spent.append([np.sum(budget) for budgets in (found, plain) for budget in budgets.values()])
+        groups = stp_jax.group_counts(stp)
+        kernels = {p: layer.kernel for p, layer in stp_jax.quantized_layers(stp).items()}
+        terms = sum(np.sum(k) * groups[p] / len(k) for p, k in found.items())
+        assert terms <= 0.5 * sum(kernel.size for kernel in kernels.values())
+    assert np.allclose(spent[0][:2], spent[1][:2], atol=2)
+    assert not np.allclose(spent[0][2:], spent[1][2:], atol=2)  # plain errors do depend on it
+
+
+def test_allocation_by_divergence_leaves_outputs_nearer_than_plain_errors_do():
+    stp, batches = normed_model(factor=16.0)
+
+    def divergence(chosen):
+        projected = nnx.clone(stp)
+        stp_jax.set_budgets(projected, chosen)
+        stp_jax.search_weight_scales(projected)
+        both = [nnx.clone(model) for model in (projected, stp)]
+        for model in both:
+            model.train()
+        return stp_jax.output_divergence(*both, batches)
+
+    plain = divergence(stp_jax.allocate(stp, 0.5, by="filter"))
+    by_outputs = [
+        divergence(stp_jax.allocate_by_divergence(stp, 0.5, batches, by=by, rounds=rounds))
+        for by, rounds in (("filter", 1), ("filter", 3), ("layer", 2))
+    ]
+    assert max(by_outputs) < 0.7 * plain
+
+
+def test_budgets_of_any_shape_are_measured_by_one_program():
+    stp, batches = logits_model()
+    traced = []
+
+    def call(model, x):
+        traced.append(x.shape)
+        return model(x)
+
+    stp_jax.allocate_by_divergence(stp, 0.5, batches, call=call)
+    assert len(traced) == 1
+
+
+def test_layers_without_error_or_cost_do_not_stop_an_allocation():
+    stp, batches = logits_model()
+    first, *others = stp_jax.budgets(stp)
+    modules = {".".join(map(str, name)): module for name, module in nnx.iter_modules(stp)}
+    modules[first].kernel[...] = 0.0
+    whole = stp_jax.allocate_by_divergence(stp, 0.75, batches)
+    assert set(whole) == {first, *others}
+    costs = {path: 1.0 for path in others}
+    found = stp_jax.allocate_by_divergence(stp, 5.0, batches, costs=costs, by="layer")
+    assert set(found) == set(others) and sum(found.values()) <= 5
+
+
+def test_allocation_by_divergence_refuses_before_it_measures():
+    stp, batches = logits_model()
+
+    def untouched():
+        raise AssertionError("batches were read")
+        yield
+
+    with pytest.raises(ValueError, match="rounds must be 1 or more, got 0"):
+        stp_jax.allocate_by_divergence(stp, 0.5, untouched(), rounds=0)
+    with pytest.raises(ValueError, match="by must be one of layer, filter"):
+        stp_jax.allocate_by_divergence(stp, 0.5, untouched(), by="row")
+    with pytest.raises(ValueError, match="costs name no quantized layer: absent"):
+        stp_jax.allocate_by_divergence(stp, 0.5, untouched(), costs={"absent": 1.0})
+    with pytest.raises(ValueError, match="at least one batch"):
+        stp_jax.allocate_by_divergence(stp, 0.5, [])
+    with pytest.raises(TypeError, match="list of batches"):
+        stp_jax.allocate_by_divergence(stp, 0.5, batches[0])
