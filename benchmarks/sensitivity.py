@@ -4,10 +4,12 @@
         init_from=float.safetensors [--budgets 8 4 2] [--out FILE.json]
 
 Each layer alone is projected, its scales searched, and the loss measured on the calibration
-examples (training images drawn at random). Beside the rise stand the estimates that an allocator
-could use: the squared error of the kernel, the same relative to the kernel, weighted by squared
-gradients (empirical Fisher), and the divergence of the outputs, which needs no labels. Printed are
-their rank (Spearman) and linear (Pearson) correlations with the rise over the layers.
+examples (training images drawn at random), with the batches' statistics in BatchNorms, as a
+projected model's are measured again. Beside the rise stand the estimates that an allocator could
+use: the squared error of the kernel, the same relative to the kernel, weighted by squared gradients
+(empirical Fisher), and the divergence of the outputs, which needs no labels, with the batches' and
+with the running statistics. Printed are their rank (Spearman) and linear (Pearson) correlations
+with the rise over the layers.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from experiments import configs, stages
 from experiments.config import override
 from experiments.context import make_context, make_model, make_policy
 from experiments.train import make_loss
+from stp_jax import hooks
 
 
 def quantized(context: Any) -> nnx.Module:
@@ -48,9 +51,12 @@ def losses(context: Any, model: nnx.Module):
     plain = make_loss(context.config, distill=0.0)
     batches = context.calibration_batches()
 
+    normed = hooks.Hooks(batch_statistics=True)
+
     @jax.jit
     def loss(state: nnx.State, batch: dict[str, jax.Array]) -> jax.Array:
-        return plain(nnx.merge(graphdef, state)(batch["input"]), batch["label"], None)
+        model = hooks.attach(nnx.merge(graphdef, state), normed)
+        return plain(model(batch["input"]), batch["label"], None)
 
     return lambda model: float(np.mean([loss(nnx.split(model)[1], b) for b in batches]))
 
@@ -60,13 +66,16 @@ def rises(context: Any, model: nnx.Module, budget: int) -> pd.DataFrame:
     loss = losses(context, model)
     before, squares = loss(model), stages.squared_gradients(context, model)
     inputs = [batch["input"] for batch in context.calibration_batches()]
-    divergences = stp_jax.output_divergences(model, inputs, budget)
+    divergences, running = (
+        stp_jax.output_divergences(model, inputs, budget, batch_statistics=own)
+        for own in (True, False)
+    )
     rows = {}
     for path in divergences:
         changed = nnx.clone(model)
         stp_jax.set_budgets(changed, {path: budget})
-        stp_jax.search_weight_scales(changed)
         layer = stp_jax.quantized_layers(changed)[path]
+        layer.search_scale(None)
         error = (layer.projected() - layer.kernel) ** 2
         rows[path] = {
             "rise": loss(changed) - before,
@@ -74,6 +83,7 @@ def rises(context: Any, model: nnx.Module, budget: int) -> pd.DataFrame:
             "relative error": float(jnp.sum(error) / jnp.sum(layer.kernel**2)),
             "Fisher": float(jnp.sum(error * squares[path])),
             "divergence": divergences[path],
+            "… running stat.": running[path],
         }
     return pd.DataFrame.from_dict(rows, orient="index")
 

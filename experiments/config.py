@@ -85,11 +85,11 @@ class Config:
 
     # Budgets.
     terms_per_weight: float = 0.75  # mean over the layers with budgets, when they are allocated
-    allocate_for: Resource = "balanced"  # the resource that is distributed (`stp_jax.term_costs`)
+    allocate_for: Resource = "energy"  # the resource that is distributed (`stp_jax.term_costs`)
     budgets_by: Literal["layer", "filter"] = "filter"  # one allocated budget per layer or filter
-    # weights of errors: of the layer's mean square, divergence of the outputs by layer, squared
-    # gradients by weight; measured: none, relative or outputs, whichever diverges least
-    error_weighting: Literal["none", "relative", "outputs", "gradients", "measured"] = "none"
+    # weights of errors: outputs, by what a layer's error does to them (no labels); none, all ones;
+    # gradients, squared gradients by weight
+    error_weighting: Literal["outputs", "none", "gradients"] = "outputs"
     budget: int | None = None  # terms per group, the same in every layer; None allocates
     budgets: str | None = None  # JSON file {layer: terms per group, or a list by filter}, by hand
     int8_layers: str | None = None  # paths that keep all terms; None is the model's own choice

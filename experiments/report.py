@@ -181,8 +181,6 @@ def write_results(context: Context, outcome: Outcome, name: str) -> dict[str, An
             if not isinstance(budget, int)
         }
         or None,
-        # Of the outputs, in nats; the errors were weighted in the way that diverges least.
-        "divergences_by_weighting": outcome.divergences or None,
         "bytes": export.packed_sizes(outcome.model).total._asdict(),
         "accelerator": {
             "array": f"{config.rows}×{config.cols}, input-stationary",

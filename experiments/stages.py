@@ -63,7 +63,6 @@ class Outcome(NamedTuple):
     validation: dict[str, float]  # empty if no examples are held out
     test: dict[str, float]  # empty unless they were read
     budgets: dict[str, Any]
-    divergences: dict[str, float]  # nats by weighting of errors, where the least was chosen
     model: nnx.Module  # what the last stage left, in evaluation mode
 
 
@@ -86,7 +85,6 @@ def train(context: Context) -> Outcome:
         values["validation"],
         values["test"],
         run.budgets,
-        values.get("divergences", {}),
         run.model,
     )
 
@@ -143,7 +141,7 @@ def int8_stage(run: Run) -> nnx.Module:
 def allocated_stage(run: Run) -> None:
     """Budgets are chosen, and the weights' scales searched at them; every term is still kept."""
     stored = run.record.value(
-        "budgets", lambda: jax.tree.map(plain, choose_budgets(run.context, run.record, run.model))
+        "budgets", lambda: jax.tree.map(plain, choose_budgets(run.context, run.model))
     )
     run.budgets = {path: k if isinstance(k, int) else np.asarray(k) for path, k in stored.items()}
     all_terms = stp_jax.budgets(run.model)
@@ -252,11 +250,7 @@ def plain(budget: Any) -> int | list[int]:
     return np.asarray(budget).tolist()
 
 
-# Gradients are noisy, and need labels.
-MEASURED_WEIGHTINGS = ("none", "relative", "outputs")
-
-
-def choose_budgets(context: Context, record: Record, model: nnx.Module) -> dict[str, Any]:
+def choose_budgets(context: Context, model: nnx.Module) -> dict[str, Any]:
     """Terms per group of each layer: by hand, uniform, or allocated by measured sensitivity.
 
     Raises:
@@ -268,41 +262,24 @@ def choose_budgets(context: Context, record: Record, model: nnx.Module) -> dict[
         return read_budgets(c, filters(model))
     if c.budget is not None:
         return dict.fromkeys(layers, c.budget)
-    example = context.dataset.example_input()
-    costs = stp_jax.term_costs(model, example, per=c.allocate_for, array=_array(c, model))
+    options: dict[str, Any] = {"costs": run_costs(context, model), "by": c.budgets_by}
+    if c.error_weighting == "outputs":
+        inputs = [batch["input"] for batch in context.calibration_batches()]
+        return stp_jax.allocate_by_divergence(model, c.terms_per_weight, inputs, **options)
+    if c.error_weighting == "gradients":
+        options["importance"] = squared_gradients(context, model)
+    return stp_jax.allocate(model, c.terms_per_weight, **options)
 
-    def allocated(weighting: str) -> dict[str, Any]:
-        weights = error_weights(context, model, weighting)
-        return stp_jax.allocate(
-            model, c.terms_per_weight, costs=costs, importance=weights, by=c.budgets_by
-        )
 
-    if c.error_weighting != "measured":
-        return allocated(c.error_weighting)
-    candidates = {weighting: allocated(weighting) for weighting in MEASURED_WEIGHTINGS}
-
-    def measured() -> dict[str, float]:
-        inputs = whole_inputs(context)
-        return {n: projected_divergence(context, model, k, inputs) for n, k in candidates.items()}
-
-    divergences = record.value("divergences", measured)
-    return candidates[min(divergences, key=divergences.__getitem__)]
+def run_costs(context: Context, model: nnx.Module) -> dict[str, float]:
+    """What one more term in each group of a layer costs of the resource that is allocated."""
+    c, example = context.config, context.dataset.example_input()
+    return stp_jax.term_costs(model, example, per=c.allocate_for, array=_array(c, model))
 
 
 def whole_inputs(context: Context) -> list[jax.Array]:
     """The calibration examples, whole in every process: for what sees all of them at once."""
     return [sharding.gather(batch["input"]) for batch in context.calibration_batches()]
-
-
-def projected_divergence(
-    context: Context, model: nnx.Module, budgets: Mapping[str, Any], inputs: list[jax.Array]
-) -> float:
-    """How far budgets take the model's outputs on these inputs, in nats."""
-    projected = nnx.clone(model)
-    stp_jax.set_budgets(projected, budgets)
-    stp_jax.search_weight_scales(projected, slack=context.config.scale_slack)
-    reestimate_batch_norm(context, projected)
-    return stp_jax.output_divergence(projected, model, inputs)
 
 
 def _array(config: Config, model: nnx.Module) -> hwmodel.Array:
@@ -331,23 +308,6 @@ def energy_price(context: Context, model: nnx.Module) -> Callable[[nnx.Module], 
         return c.energy_weight * (share - 1.0) ** 2, {"energy_of_allowed": share}
 
     return price
-
-
-def error_weights(
-    context: Context, model: nnx.Module, weighting: str
-) -> dict[str, jax.Array] | None:
-    """Weights of the squared errors: of the weights alone, or on the calibration examples."""
-    c = context.config
-    if weighting == "gradients":
-        return squared_gradients(context, model)
-    if weighting == "relative":
-        return stp_jax.relative_importance(model)
-    if weighting == "none":
-        return None
-    inputs = [batch["input"] for batch in context.calibration_batches()]
-    # Measured at half of what is to be allocated, where layers differ most; at least one term.
-    probe = max(1, round(c.terms_per_weight * c.group_size / 2))
-    return sharding.gather(stp_jax.measured_importance(model, inputs, probe))
 
 
 def squared_gradients(context: Context, model: nnx.Module) -> dict[str, jax.Array]:

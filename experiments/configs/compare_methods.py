@@ -22,7 +22,7 @@ from stp_jax.terms import max_budget
 
 CONFIG = ComparisonConfig()
 
-_OURS = "terms_per_weight={terms} allocate_for=energy error_weighting=none"
+_OURS = "terms_per_weight={terms} allocate_for=energy"
 
 METHODS: dict[str, Method] = {
     # The float model and its int8 version, trained on by the recipe of all others.
@@ -97,9 +97,7 @@ PARTS: dict[str, Method] = {
     name: Method(title=title, kind="part", settings=f"{_OURS} {changes}", reference="filter")
     for name, (title, changes) in {
         "no-distill": ("without soft labels", "distill=0"),
-        "measured": ("errors weighted as diverges least", "error_weighting=measured"),
-        "relative": ("errors relative to the layer's weights", "error_weighting=relative"),
-        "outputs": ("errors weighted by the outputs' divergence", "error_weighting=outputs"),
+        "plain": ("errors not weighted", "error_weighting=none"),
         "gradients": ("errors weighted by squared gradients", "error_weighting=gradients"),
         "compensate": ("with compensation", "fit=compensate"),
         "groups-16": ("groups of 16", "group_size=16"),

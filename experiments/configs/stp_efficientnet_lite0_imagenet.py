@@ -191,7 +191,7 @@ class Study:
         if self._importance is None:
             images = jnp.concatenate(self.calibration)[: self.config.sensitivity_images]
             self._importance = stp_jax.measured_importance(
-                self.int8(), [images], self.config.group_size
+                self.int8(), [images], self.config.group_size, batch_statistics=False
             )
         return stp_jax.allocate(self.int8(), terms, importance=self._importance, by="filter")
 

@@ -2,8 +2,8 @@
 
 python -m experiments.run --exp=stp_lstm_lm
 
-Test accuracy with seed 0, next characters: float 44.9 %, int8 44.9 %, retrained 46.3 % at 0.75
-terms per weight, in under two minutes on two CPU cores. Network: Zaremba et al., 2014.
+Two minutes on two CPU cores; float 44.9 % of the next characters in the test text with seed 0.
+Network: Zaremba et al., 2014.
 """
 
 from experiments.config import Config
@@ -22,5 +22,4 @@ CONFIG = Config(
     guided_lr=1e-3,
     retrain_lr=2e-3,
     weight_decay=0.01,
-    error_weighting="measured",
 )

@@ -2,8 +2,7 @@
 
 python -m experiments.run --exp=stp_mlp
 
-Test accuracy with seed 0: float 95.3 %, int8 95.0 %, retrained 95.6 % at 0.75 terms per weight, in
-half a minute on two CPU cores.
+Half a minute on two CPU cores; float 95.3 % of the test images with seed 0.
 """
 
 from experiments.config import Config

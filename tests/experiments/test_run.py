@@ -156,7 +156,7 @@ def start_pair(*arguments):
 def test_two_processes_do_what_one_does(finished, tmp_path):
     """Both end by a SIGTERM to one of them, and two others go on to the end."""
     workdir = tmp_path / "two"
-    short = ("guided_epochs=0", "retrain_epochs=0", "sharding=fsdp", "error_weighting=measured")
+    short = ("guided_epochs=0", "retrain_epochs=0", "sharding=fsdp", "error_weighting=outputs")
     arguments = ("--exp=stp_mlp", f"--workdir={workdir}", "--set", *SMALL, *short)
     pair = start_pair(*arguments)
     saved = workdir / "checkpoints" / "float"

@@ -133,34 +133,27 @@ def test_reconstruction_brings_the_projected_model_nearer_to_the_float_one(tmp_p
     assert errors["reconstruct"] < 0.7 * errors["none"]
 
 
-def test_budgets_are_those_that_leave_the_outputs_nearest(tmp_path, folder, monkeypatch):
+@pytest.mark.parametrize("weighting", ["outputs", "none", "gradients"])
+def test_a_run_allocates_as_the_library_does(tmp_path, folder, weighting):
     order = "stages=float,int8,allocated"
-    settings = [order, "terms_per_weight=0.25", "test=false", "error_weighting="]
-    alone = {}
-    for weighting in stages.MEASURED_WEIGHTINGS:
-        settings[-1] = f"error_weighting={weighting}"
-        outcome = stages.train(make(tmp_path / weighting, folder, *settings))
-        assert outcome.divergences == {}
-        alone[weighting] = outcome.budgets
-    nats = iter([3.0, 1.0, 2.0])
-    with monkeypatch.context() as patched:
-        patched.setattr(stages, "projected_divergence", lambda *given: next(nats))
-        settings[-1] = "error_weighting=measured"
-        outcome = stages.train(make(tmp_path / "second", folder, *settings))
-    assert outcome.divergences == {"none": 3.0, "relative": 1.0, "outputs": 2.0}
-    for path, budget in alone["relative"].items():
-        np.testing.assert_array_equal(outcome.budgets[path], budget)
-    # Measured in earnest; what is found is kept for a run that goes on.
-    context = make(tmp_path / "measured", folder, *settings)
+    settings = [order, "terms_per_weight=0.25", "test=false", f"error_weighting={weighting}"]
+    context = make(tmp_path, folder, *settings)
     outcome = stages.train(context)
-    best = min(outcome.divergences, key=outcome.divergences.get)
-    for path, budget in alone[best].items():
+    model, example = outcome.model, context.dataset.example_input()
+    costs = stp_jax.term_costs(model, example, per="balanced")
+    inputs = [batch["input"] for batch in context.calibration_batches()]
+    importance = stages.squared_gradients(context, model) if weighting == "gradients" else None
+    float_model = make_model(context)
+    export.load_variables(float_model, tmp_path / "run" / "float.safetensors")
+    float_model.eval()
+    int8 = stages.int8_stage(stages.Run(context, stages.Record(context), float_model))
+    if weighting == "outputs":
+        expected = stp_jax.allocate_by_divergence(int8, 0.25, inputs, costs=costs)
+    else:
+        options = {"costs": costs, "importance": importance, "by": "filter"}
+        expected = stp_jax.allocate(int8, 0.25, **options)
+    for path, budget in expected.items():
         np.testing.assert_array_equal(outcome.budgets[path], budget)
-    assert all(nats > 0 for nats in outcome.divergences.values())
-    monkeypatch.setattr(stages, "projected_divergence", None)
-    assert stages.train(make(tmp_path / "measured", folder, *settings)).divergences == (
-        outcome.divergences
-    )
 
 
 def test_the_last_stage_may_be_in_integers_throughout(tmp_path, folder):
