@@ -241,12 +241,12 @@ def test_the_documentation_shows_the_stored_results():
 
 @pytest.mark.slow  # its fixture is
 def test_a_further_comparison_has_a_section_of_its_own(comparison):
-    results, title = comparison[2], "## Dense weights of few bits"
+    results, title = comparison[2], "## Reconstruction first"
     assert title not in page(results)
     rows = [
         {**row, "steps": 7654, "test": 12.34, "saving_in_layers": 5.67} for row in results["rows"]
     ]
-    section = page(results, {"narrow": {**results, "rows": rows}}).partition(title)[2]
+    section = page(results, {"second": {**results, "rows": rows}}).partition(title)[2]
     assert all(shown in section for shown in ("7,654", "12.34", "5.67×"))
 
 
@@ -260,7 +260,7 @@ def test_columns_that_say_nothing_are_left_out(comparison):
 
 def test_a_further_comparison_needs_a_known_name(capsys):
     assert results_page.main(["--further", "nonsense", "runs"]) == 2
-    assert "must be among narrow, second" in capsys.readouterr().out
+    assert "must be among plain, second" in capsys.readouterr().out
 
 
 def test_projections_are_compared_before_retraining(tmp_path):
