@@ -294,20 +294,21 @@ def _attach_nnx(path: str, module: Any, hooks: Hooks) -> None:
         promote_all = module.promote_dtype
 
         def of_batch(operands: Operands, **options: Any) -> Operands:
-            x, mean, var, *others = promote_all(operands, **options)
-            return x, *_batch_statistics(x, module.axis, (mean, var)), *others
+            x, *running, scale, bias = promote_all(operands, **options)
+            found = zip(_batch_statistics(x, module.axis), running, strict=True)
+            return x, *(y.reshape(r.shape).astype(r.dtype) for y, r in found), scale, bias
 
         _set_nnx(module, "promote_dtype", of_batch)
 
 
-def _batch_statistics(
-    x: jax.Array, axis: int | Sequence[int], running: Sequence[jax.Array]
-) -> tuple[jax.Array, ...]:
-    """Mean and variance of x by channel, in the shapes and types of the running ones."""
+def _batch_statistics(x: jax.Array, axis: int | Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance of x by channel, float32, with the axes of x."""
     channels = {a % x.ndim for a in ((axis,) if isinstance(axis, int) else axis)}
     others = tuple(a for a in range(x.ndim) if a not in channels)
-    found = jnp.mean(x, others, jnp.float32), jnp.var(x, others, jnp.float32)
-    return tuple(y.reshape(r.shape).astype(r.dtype) for y, r in zip(found, running, strict=True))
+    return (
+        jnp.mean(x, others, jnp.float32, keepdims=True),
+        jnp.var(x, others, jnp.float32, keepdims=True),
+    )
 
 
 def _set_nnx(module: nnx.Module, name: str, value: Any) -> None:
@@ -403,10 +404,8 @@ def _normalised_by_batch(norm: nn.BatchNorm, args: tuple, kwargs: dict) -> tuple
     running: list[Any] = [norm.get_variable("batch_stats", name) for name in ("mean", "var")]
     if any(value is None for value in running):  # the call that makes the variables
         return args, kwargs
-    channels = {a % x.ndim for a in ((norm.axis,) if isinstance(norm.axis, int) else norm.axis)}
-    shape = [n if a in channels else 1 for a, n in enumerate(x.shape)]
-    mean, var = (y.reshape(shape) for y in _batch_statistics(x, norm.axis, running))
-    old_mean, old_var = (y.reshape(shape) for y in running)
+    mean, var = _batch_statistics(x, norm.axis)
+    old_mean, old_var = (y.reshape(mean.shape) for y in running)
     factor = jnp.sqrt((old_var + norm.epsilon) / (var + norm.epsilon))
     moved = ((x - mean) * factor + old_mean).astype(x.dtype)
     return ((moved, *rest), kwargs) if args else ((), {**kwargs, "x": moved})

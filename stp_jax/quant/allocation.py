@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from stp_jax.quant.budgets import budgets
 from stp_jax.quant.calibration import call_model
@@ -16,7 +17,6 @@ from stp_jax.quant.sensitivity import (
     LayerDivergences,
     error_curves,
     group_counts,
-    spread_weights,
 )
 from stp_jax.terms.budgets import allocate_budgets
 
@@ -79,8 +79,19 @@ def allocate(
     >>> stp_jax.allocate(model, 0.5, by="filter")[""].sum()
     np.int64(16)
     """
-    costs = storage_costs(model) if costs is None else costs
     curves = error_curves(model, importance=importance, by=by)
+    return _share(model, total, curves, costs, minimum)
+
+
+def _share(
+    model: Any,
+    total: float,
+    curves: Mapping[str, np.ndarray],
+    costs: Mapping[str, float] | None,
+    minimum: int,
+) -> dict[str, Any]:
+    """Budgets of least error by these curves, as `allocate` has them."""
+    costs = storage_costs(model) if costs is None else costs
     unknown = sorted(set(costs) - set(curves))
     if unknown:
         raise ValueError(f"costs name no quantized layer: {', '.join(unknown)}")
@@ -129,9 +140,11 @@ def allocate_by_divergence(
     if rounds < 1:
         raise ValueError(f"rounds must be 1 or more, got {rounds}")
 
+    curves = error_curves(model, by=by)
+
     def allocated(weights: Mapping[str, float | None]) -> dict[str, Any]:
-        importance = spread_weights(model, weights)
-        return allocate(model, total, costs=costs, importance=importance, by=by, minimum=minimum)
+        weighted = {path: (weights.get(path) or 1.0) * curve for path, curve in curves.items()}
+        return _share(model, total, weighted, costs, minimum)
 
     allocated({})  # which refuses what does not fit before anything is measured
     single = LayerDivergences(model, batches, call=call, batch_statistics=batch_statistics)

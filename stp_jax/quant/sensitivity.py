@@ -133,12 +133,12 @@ class LayerDivergences:
 def _with_all_terms(model: Any) -> Any:
     """A copy of the model in which no layer is pruned."""
     whole = hooks.copy_model(model)
-    layers = quantized_layers(whole)
-    for path, budget in budgets(whole).items():
-        most = layers[path].rule.format.max_budget
-        set_budgets(whole, {path: most})
-        if np.any(np.asarray(budget) < most):
-            quantized_layers(whole)[path].search_scale(None)
+    layers, before = quantized_layers(whole), budgets(whole)
+    most = {path: layers[path].rule.format.max_budget for path in before}
+    set_budgets(whole, most)
+    for path, budget in before.items():
+        if np.any(np.asarray(budget) < most[path]):
+            layers[path].search_scale(None)
     return whole
 
 
@@ -266,11 +266,7 @@ def measured_importance(
       ValueError: as by `output_divergences`.
     """
     single = LayerDivergences(model, batches, call=call, batch_statistics=batch_statistics)
-    return spread_weights(model, single.weights(budget))
-
-
-def spread_weights(model: Any, weights: Mapping[str, float | None]) -> dict[str, jax.Array]:
-    """One weight for each layer as arrays of the kernels' shapes; 1 for layers without one."""
+    weights = single.weights(budget)
     return {
         path: jnp.full(layer.kernel.shape, weights.get(path) or 1.0, jnp.float32)
         for path, layer in quantized_layers(model).items()

@@ -140,7 +140,7 @@ def test_a_run_allocates_as_the_library_does(tmp_path, folder, weighting):
     context = make(tmp_path, folder, *settings)
     outcome = stages.train(context)
     model, example = outcome.model, context.dataset.example_input()
-    costs = stp_jax.term_costs(model, example, per="balanced")
+    costs = stp_jax.term_costs(model, example, per="energy")
     inputs = [batch["input"] for batch in context.calibration_batches()]
     importance = stages.squared_gradients(context, model) if weighting == "gradients" else None
     float_model = make_model(context)
