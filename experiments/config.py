@@ -84,11 +84,12 @@ class Config:
     temperature: float = 4.0  # of the soft labels
 
     # Budgets.
-    terms_per_weight: float = 0.75  # mean over the layers with budgets, when they are allocated
+    # allocated budgets take as much of allocate_for as this many terms in every weight would
+    terms_per_weight: float = 0.75
     allocate_for: Resource = "energy"  # the resource that is distributed (`stp_jax.term_costs`)
     budgets_by: Literal["layer", "filter"] = "filter"  # one allocated budget per layer or filter
-    # weights of errors: outputs, by what a layer's error does to them (no labels); none, all ones;
-    # gradients, squared gradients by weight
+    # how errors weigh: outputs, by the measured effect of each layer's error on the model's outputs
+    # (no labels); none, all alike; gradients, by the squared gradient of each weight
     error_weighting: Literal["outputs", "none", "gradients"] = "outputs"
     budget: int | None = None  # terms per group, the same in every layer; None allocates
     budgets: str | None = None  # JSON file {layer: terms per group, or a list by filter}, by hand
@@ -109,7 +110,7 @@ class Config:
     # examples: by stp_jax.compensate within each layer, or by stp_jax.reconstruct.
     fit: Literal["none", "compensate", "reconstruct"] = "none"
     bn_batches: int = 30  # to re-estimate BatchNorm statistics after each stage
-    calibration_batches: int = 4  # for the scales of the layers' inputs
+    calibration_batches: int = 4  # training batches for input scales, budgets and fit
     fold_batch_norm: bool = False  # into the layers before it, once the float model is trained
     # Scales are powers of two, and the last stage runs in integers from input to logits.
     integer_network: bool = False

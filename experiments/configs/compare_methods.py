@@ -97,7 +97,7 @@ PARTS: dict[str, Method] = {
     name: Method(title=title, kind="part", settings=f"{_OURS} {changes}", reference="filter")
     for name, (title, changes) in {
         "no-distill": ("without soft labels", "distill=0"),
-        "plain": ("errors not weighted", "error_weighting=none"),
+        "plain": ("STP, budgets by filter, plain errors", "error_weighting=none"),
         "gradients": ("errors weighted by squared gradients", "error_weighting=gradients"),
         "compensate": ("with compensation", "fit=compensate"),
         "groups-16": ("groups of 16", "group_size=16"),

@@ -55,7 +55,7 @@ def allocate(
       model: an STP model whose rules use the NAF and optimal projection (a Linen one with its
         variables); it is not changed.
       total: the cost that all layers may take together. In the units of `stp_jax.term_costs` it is
-        the mean number of terms per weight.
+        a number of terms per weight: what uniform budgets of that many take.
       costs: layer path → cost of one more term per group; terms to store by default.
         `stp_jax.term_costs` has those of the accelerator. A layer's filters take equal shares.
       importance: weights of the squared errors by layer, as `measured_importance` has them; ones
