@@ -88,6 +88,7 @@ class Config:
     terms_per_weight: float = 0.75
     allocate_for: Resource = "energy"  # the resource that is distributed (`stp_jax.term_costs`)
     budgets_by: Literal["layer", "filter"] = "filter"  # one allocated budget per layer or filter
+    budget_step: int = 1  # allocated budgets are multiples of it: the terms a PE takes in a cycle
     # how errors weigh: outputs, by the measured effect of each layer's error on the model's outputs
     # (no labels); none, all alike; gradients, by the squared gradient of each weight
     error_weighting: Literal["outputs", "none", "gradients"] = "outputs"
@@ -196,10 +197,12 @@ def _check(c: Config) -> None:
         "budget",
         f"from 0 to {most} (groups of {c.group_size} {c.encoding} values of {c.weight_bits} bits)",
     )
+    need(1 <= c.budget_step <= most, "budget_step", f"from 1 to {most}")
+    least = c.budget_step / c.group_size
     need(
-        1 / c.group_size <= c.terms_per_weight <= most / c.group_size,
+        least <= c.terms_per_weight <= most / c.group_size,
         "terms_per_weight",
-        f"from {1 / c.group_size:g} (one term per group) to {most / c.group_size:g}",
+        f"from {least:g} (the least budget of a group) to {most / c.group_size:g}",
     )
     if (
         c.budget is None
@@ -257,10 +260,12 @@ def _check_model_options(c: Config) -> None:
 
 
 def check_choices(config: Any) -> None:
-    """Raises ConfigError if a field whose type names its values holds another one."""
+    """Raises ConfigError if a field of text holds none, or one that names its values another."""
     hints = typing.get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
         named, value = choices(hints[field.name]), getattr(config, field.name)
+        if hints[field.name] in (str, str | None) and not isinstance(value, hints[field.name]):
+            raise ConfigError(f"{field.name} must be text, got {value!r}")
         if named and value not in named:
             raise ConfigError(
                 f"{field.name} must be one of {', '.join(map(str, named))}, got {value!r}"

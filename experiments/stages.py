@@ -184,7 +184,7 @@ def budgeted_stage(run: Run) -> None:
     run.train(Training("budgeted", c.budgeted_epochs, c.retrain_lr, distill=c.distill, price=price))
     total = sum(costs[path] * k for path, k in stp_jax.mean_budgets(run.budgets).items())
     relaxed = stp_jax.budgets(run.model)
-    run.budgets = round_budgets(relaxed, costs, total, largest=c.max_budget)
+    run.budgets = round_budgets(relaxed, costs, total, largest=c.max_budget, step=c.budget_step)
     stp_jax.set_budgets(run.model, run.budgets)
     reestimate_batch_norm(run.context, run.model)
 
@@ -262,7 +262,8 @@ def choose_budgets(context: Context, model: nnx.Module) -> dict[str, Any]:
         return read_budgets(c, filters(model))
     if c.budget is not None:
         return dict.fromkeys(layers, c.budget)
-    options: dict[str, Any] = {"costs": run_costs(context, model), "by": c.budgets_by}
+    costs = run_costs(context, model)
+    options: dict[str, Any] = {"costs": costs, "by": c.budgets_by, "step": c.budget_step}
     if c.error_weighting == "outputs":
         inputs = [batch["input"] for batch in context.calibration_batches()]
         return stp_jax.allocate_by_divergence(model, c.terms_per_weight, inputs, **options)

@@ -48,6 +48,7 @@ def allocate(
     importance: Mapping[str, jax.Array] | None = None,
     by: Granularity = "layer",
     minimum: int = 1,
+    step: int = 1,
 ) -> dict[str, Any]:
     """Budgets of least weighted error by layer or by filter, within a total cost.
 
@@ -62,6 +63,7 @@ def allocate(
         by default.
       by: ``layer`` gives one budget to all filters of a layer, ``filter`` gives each its own.
       minimum: the least budget of a layer or filter.
+      step: budgets are multiples of it, as PEs of so many lanes run them without idle slots.
 
     Returns:
       Layer path → terms per group, for `set_budgets`: an integer, or an int32 array ``[filters]``.
@@ -80,7 +82,7 @@ def allocate(
     np.int64(16)
     """
     curves = error_curves(model, importance=importance, by=by)
-    return _share(model, total, curves, costs, minimum)
+    return _share(model, total, curves, costs, minimum=minimum, step=step)
 
 
 def _share(
@@ -88,14 +90,14 @@ def _share(
     total: float,
     curves: Mapping[str, np.ndarray],
     costs: Mapping[str, float] | None,
-    minimum: int,
+    **limits: int,
 ) -> dict[str, Any]:
     """Budgets of least error by these curves, as `allocate` has them."""
     costs = storage_costs(model) if costs is None else costs
     unknown = sorted(set(costs) - set(curves))
     if unknown:
         raise ValueError(f"costs name no quantized layer: {', '.join(unknown)}")
-    return allocate_budgets({path: curves[path] for path in costs}, costs, total, minimum=minimum)
+    return allocate_budgets({path: curves[path] for path in costs}, costs, total, **limits)
 
 
 def allocate_by_divergence(
@@ -106,6 +108,7 @@ def allocate_by_divergence(
     costs: Mapping[str, float] | None = None,
     by: Granularity = "filter",
     minimum: int = 1,
+    step: int = 1,
     rounds: int = 3,
     call: Callable[[Any, Any], jax.Array] = call_model,
     batch_statistics: bool = True,
@@ -126,6 +129,7 @@ def allocate_by_divergence(
       costs: as for `allocate`.
       by: likewise.
       minimum: likewise.
+      step: likewise.
       rounds: how often to measure, at least once.
       call: as for `output_divergences`.
       batch_statistics: likewise.
@@ -144,7 +148,7 @@ def allocate_by_divergence(
 
     def allocated(weights: Mapping[str, float | None]) -> dict[str, Any]:
         weighted = {path: (weights.get(path) or 1.0) * curve for path, curve in curves.items()}
-        return _share(model, total, weighted, costs, minimum)
+        return _share(model, total, weighted, costs, minimum=minimum, step=step)
 
     allocated({})  # which refuses what does not fit before anything is measured
     single = LayerDivergences(model, batches, call=call, batch_statistics=batch_statistics)

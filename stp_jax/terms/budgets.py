@@ -20,7 +20,7 @@ Curve = Sequence[float] | np.ndarray
 _ROUNDING = 1e-10
 
 
-def _check(curves, costs, total, minimum) -> None:
+def _check(curves, costs, total, minimum, step) -> None:
     if set(curves) != set(costs):
         raise ValueError(
             "curves and costs must name the same layers; only one has "
@@ -28,6 +28,8 @@ def _check(curves, costs, total, minimum) -> None:
         )
     if not np.isfinite(total):
         raise ValueError(f"the total must be a finite number, got {total}")
+    if step < 1:
+        raise ValueError(f"step must be 1 or more, got {step}")
     for name, cost in costs.items():
         if np.ndim(cost) and np.shape(cost) != np.shape(curves[name])[:-1]:
             raise ValueError(
@@ -48,10 +50,11 @@ def _check(curves, costs, total, minimum) -> None:
             raise ValueError(
                 f"layer {name!r}: minimum {minimum} is outside its budgets [0, {most}]"
             )
-    floor = sum(minimum * float(np.sum(cost)) for cost in costs.values())
+    least = -(-minimum // step) * step
+    floor = sum(least * float(np.sum(cost)) for cost in costs.values())
     if total < floor:
         raise ValueError(
-            f"a total of {total:g} does not reach the minimum budget {minimum} of every layer, "
+            f"a total of {total:g} does not reach the minimum budget {least} of every layer, "
             f"which costs {floor:g}"
         )
 
@@ -89,6 +92,7 @@ def allocate_budgets(
     total: float,
     *,
     minimum: int = 1,
+    step: int = 1,
 ) -> dict[str, Any]:
     """Chooses each layer's or filter's budget so that the summed error is least within a cost.
 
@@ -99,6 +103,8 @@ def allocate_budgets(
         its filters take equal shares; or an array ``[filters]`` of each one's own.
       total: the cost that all layers may take together, in the unit of ``costs``.
       minimum: the least budget of a layer or filter. 0 lets it vanish.
+      step: budgets are multiples of it, such as the terms that a PE takes in a cycle; the last one
+        before the end of a curve that is no multiple counts as one.
 
     Returns:
       layer → terms per group, an integer or an int32 array ``[filters]``. Where the curves are
@@ -107,7 +113,8 @@ def allocate_budgets(
 
     Raises:
       ValueError: curves and costs differ in their layers or shapes, a curve or the total is not
-        finite, a cost is not positive, or the total does not reach the minimum budgets.
+        finite, a cost is not positive, step is below 1, or the total does not reach the minimum
+        budgets.
 
     >>> allocate_budgets({"a": [9, 4, 1, 0], "b": [5, 1, 0, 0]}, {"a": 1, "b": 1}, 3)
     {'a': 2, 'b': 1}
@@ -115,26 +122,36 @@ def allocate_budgets(
     >>> allocate_budgets(by_filter, {"a": 2}, 3)["a"].tolist()
     [2, 1]
     """
-    _check(curves, costs, total, minimum)
+    _check(curves, costs, total, minimum, step)
     rows = {name: np.atleast_2d(np.asarray(curve)) for name, curve in curves.items()}
     prices = {
-        name: np.full(len(row), float(costs[name]) / len(row))
-        if np.ndim(costs[name]) == 0
-        else np.asarray(costs[name], np.float64)
+        name: step
+        * (
+            np.full(len(row), float(costs[name]) / len(row))
+            if np.ndim(costs[name]) == 0
+            else np.asarray(costs[name], np.float64)
+        )
         for name, row in rows.items()
     }
+    first = -(-minimum // step)  # steps that every curve takes
+    choices = {name: _multiples(step, row.shape[1] - 1) for name, row in rows.items()}
     gains: list[np.ndarray] = []
     for name, row in rows.items():
-        rest = row[:, minimum:]
+        rest = row[:, choices[name][first:]]
         gains += list((rest[:, :-1] - rest[:, 1:]).astype(np.float64) / prices[name][:, None])
-    left = total - sum(minimum * float(price.sum()) for price in prices.values())
+    left = total - sum(first * float(price.sum()) for price in prices.values())
     every = np.concatenate([np.zeros(0), *prices.values()])
     taken = iter(_water_level(gains, every, left, _ROUNDING * abs(total)))
     budgets: dict[str, Any] = {}
     for name, row in rows.items():
-        found = minimum + np.array([next(taken) for _ in row], np.int32)
+        found = choices[name][first + np.array([next(taken) for _ in row])]
         budgets[name] = found if np.ndim(curves[name]) == 2 else int(found[0])
     return budgets
+
+
+def _multiples(step: int, most: int) -> np.ndarray:
+    """0, step, 2 step, … below ``most``, and ``most``; int32."""
+    return np.minimum(np.arange(0, most + step, step, dtype=np.int32), np.int32(most))
 
 
 def lower_hull(curve: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -166,6 +183,7 @@ def round_budgets(
     *,
     largest: int,
     minimum: int = 1,
+    step: int = 1,
 ) -> dict[str, Any]:
     """The whole budgets nearest to relaxed ones, in summed squares, within a total cost.
 
@@ -175,6 +193,7 @@ def round_budgets(
       total: the cost that all layers may take together, in the unit of ``costs``.
       largest: the most terms that a group can need.
       minimum: the least budget of a layer or filter.
+      step: as for `allocate_budgets`.
 
     Returns:
       layer → terms per group, an integer or an int32 array ``[filters]``.
@@ -189,4 +208,4 @@ def round_budgets(
         name: (np.arange(largest + 1) - np.asarray(k, np.float64)[..., None]) ** 2
         for name, k in relaxed.items()
     }
-    return allocate_budgets(curves, costs, total, minimum=minimum)
+    return allocate_budgets(curves, costs, total, minimum=minimum, step=step)

@@ -63,6 +63,7 @@ def test_other_folders_are_refused(workdir, tmp_path):
         ("{}", "{}", r"config\.json holds no configuration"),
         ('{"config": {"seeds": 3}}', "{}", r"config\.json holds no configuration.*seeds"),
         ('{"config": {"seed": "3"}}', "{}", r"config\.json holds no configuration"),
+        ('{"config": {"data": 0}}', "{}", r"holds no configuration: data must be text, got 0"),
     ],
 )
 def test_a_damaged_folder_is_named(config, results, message, tmp_path):

@@ -41,6 +41,26 @@ def test_equal_costs_give_the_least_error_of_all_allocations(curves, spare, mini
 
 
 @settings(max_examples=100)
+@given(CURVES, st.integers(0, 12), st.integers(1, 3), st.integers(0, 1))
+def test_budgets_in_steps_give_the_least_error_of_all_multiples(curves, spare, step, minimum):
+    """The end of a curve counts as a whole step."""
+    curves = named(curves)
+    steps = {name: [*range(0, len(c) - 1, step), len(c) - 1] for name, c in curves.items()}
+    total = step * len(curves) * minimum + spare
+    costs = dict.fromkeys(curves, 1)
+    found = allocate_budgets(curves, costs, total, minimum=minimum, step=step)
+    spent = sum(-(-k // step) * step for k in found.values())
+    assert spent <= total
+    assert all(k in steps[name] and k >= minimum for name, k in found.items())
+    best = min(
+        error(curves, {name: steps[name][i] for name, i in zip(curves, taken, strict=True)})
+        for taken in itertools.product(*(range(minimum, len(s)) for s in steps.values()))
+        if step * sum(taken) <= total
+    )
+    assert error(curves, found) == best
+
+
+@settings(max_examples=100)
 @given(CURVES, st.data())
 def test_unequal_costs_stay_within_the_total_and_leave_no_free_gain(curves, data):
     curves = named(curves)
@@ -134,6 +154,10 @@ def test_mistakes_are_named():
         allocate_budgets({"a": curve, "b": curve}, {"a": 1, "b": 1}, 1)
     with pytest.raises(ValueError, match=r"minimum 2 is outside its budgets \[0, 1\]"):
         allocate_budgets({"a": curve}, {"a": 1}, 3, minimum=2)
+    with pytest.raises(ValueError, match="step must be 1 or more, got 0"):
+        allocate_budgets({"a": curve}, {"a": 1}, 3, step=0)
+    with pytest.raises(ValueError, match="does not reach the minimum budget 2"):
+        allocate_budgets({"a": [3.0, 2.0, 1.0]}, {"a": 1}, 1, step=2)
 
 
 def test_rounded_budgets_are_the_nearest_that_the_total_allows():
