@@ -5,7 +5,9 @@
 
 For every allocation the int8 model is projected onto the budgets, scales are searched and BatchNorm
 statistics measured again; nothing is retrained. Printed are the divergence of its outputs from the
-int8 model's on the calibration examples, which needs no labels, and its validation top-1.
+int8 model's on the calibration examples, which needs no labels, its validation top-1, and the
+saving by gates of the best group PE in the layers with budgets. ``budget_step=2`` is for PEs of two
+lanes; ``--only outputs`` leaves out allocations without the word in their names.
 """
 
 from __future__ import annotations
@@ -29,20 +31,23 @@ from benchmarks.sensitivity import quantized
 from experiments import configs, stages
 from experiments.config import override
 from experiments.context import make_context
+from experiments.report import best_pe_in_layers, layers_by_gates
 from experiments.train import evaluate, reestimate_batch_norm
 
 
-def allocations(context: Any, model: nnx.Module) -> dict[str, Callable[[], dict[str, Any]]]:
+def allocations(
+    context: Any, model: nnx.Module, inputs: Any
+) -> dict[str, Callable[[], dict[str, Any]]]:
     """By name, what allocates the configuration's terms per weight."""
-    c, inputs = context.config, stages.whole_inputs(context)
-    costs = stages.run_costs(context, model)
+    c = context.config
     total = c.terms_per_weight
+    shared: dict[str, Any] = {"costs": stages.run_costs(context, model), "step": c.budget_step}
 
     def by_outputs(**options: Any) -> Callable[[], dict[str, Any]]:
-        return lambda: stp_jax.allocate_by_divergence(model, total, inputs, costs=costs, **options)
+        return lambda: stp_jax.allocate_by_divergence(model, total, inputs, **shared, **options)
 
     def by_errors(by: Any, weigh: Callable[[], Any] = lambda: None) -> Callable:
-        return lambda: stp_jax.allocate(model, total, costs=costs, importance=weigh(), by=by)
+        return lambda: stp_jax.allocate(model, total, importance=weigh(), by=by, **shared)
 
     def gradients() -> Any:
         return stages.squared_gradients(context, model)
@@ -68,10 +73,19 @@ def allocations(context: Any, model: nnx.Module) -> dict[str, Callable[[], dict[
     return found
 
 
+def saving_in_layers(context: Any, model: nnx.Module) -> float:
+    """By gates, in the layers with budgets: int8 dot products of eight over the best group PE."""
+    cost = stp_jax.evaluate_model(model, context.dataset.example_input())
+    by_gates = {"budgeted_layers_by_gates": layers_by_gates(cost, model, context.config)}
+    best = best_pe_in_layers(by_gates, on_group_pes=True)
+    return float("nan") if best is None else best["saving"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--exp", default="stp_resnet20_cifar10")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--only", default="", metavar="WORD")
     parser.add_argument("--out", type=Path, help="JSON of all figures")
     options = parser.parse_args()
     config = override(configs.load(options.exp).CONFIG, options.set)
@@ -82,18 +96,22 @@ def main() -> None:
         print(context.dataset.description)
         inputs = stages.whole_inputs(context)
         print(f"int8: validation {evaluate(context, model, 'validation'):.2f} %", flush=True)
-        for name, allocate in allocations(context, model).items():
+        for name, allocate in allocations(context, model, inputs).items():
+            if options.only not in name:
+                continue
             projected = nnx.clone(model)
             stp_jax.set_budgets(projected, allocate())
             stp_jax.search_weight_scales(projected, slack=config.scale_slack)
             reestimate_batch_norm(context, projected)
-            figures[name] = {
+            found = figures[name] = {
                 "divergence": stp_jax.output_divergence(projected, model, inputs),
                 "validation": evaluate(context, projected, "validation"),
+                "saving_in_layers": saving_in_layers(context, projected),
             }
-            found = figures[name]
             print(
-                f"{name:52} {found['divergence']:.4f} nats, {found['validation']:.2f} %", flush=True
+                f"{name:52} {found['divergence']:.4f} nats, {found['validation']:.2f} %, "
+                f"{found['saving_in_layers']:.2f}×",
+                flush=True,
             )
     if options.out:
         options.out.write_text(json.dumps(figures, indent=1) + "\n")

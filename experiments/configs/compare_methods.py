@@ -80,6 +80,18 @@ METHODS: dict[str, Method] = {
         settings=f"{_OURS} weight_bits=4 scale_slack=0.03",
         reference="filter",
     ),
+    # For PEs of two lanes, which run even budgets without idle slots.
+    **{
+        f"{name}-even": Method(
+            title=f"STP, even budgets by filter{weights}",
+            kind="ours",
+            settings=f"{_OURS} budget_step=2{settings}",
+        )
+        for name, weights, settings in (
+            ("filter", "", ""),
+            ("filter-4", ", weights of 4 bits", " weight_bits=4 scale_slack=0.03"),
+        )
+    },
     "layer": Method(
         title="STP, budgets by layer",
         kind="ours",
