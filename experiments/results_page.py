@@ -1,11 +1,12 @@
-"""The documentation's results page, written from the comparisons' `results.json`.
+"""The documentation's pages of results, written from the comparisons' `results.json`.
 
     python -m experiments.results_page runs/compare_methods runs/compare_projections
 
 copies the results of the runs to ``docs/results/EXPERIMENT.json``, without the paths of the machine
-they ran on, and writes ``docs/results.md`` and its plot from what lies there.
-``--further NAME RUN`` does so with a comparison from another start or of another network, for a
-section of its own. No number on the page is typed by hand; a test writes it again and compares.
+they ran on, and writes ``docs/results.md`` and its plot from what lies there. ``--further NAME
+RUN`` does so with a comparison from another start or of another network, for a section of
+``docs/comparisons.md``. No number there is typed by hand; a test writes the pages again and
+compares.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +31,18 @@ PROJECTIONS = DATA.with_name("compare_projections.json")
 FURTHER = {
     "plain": (
         "Term revealing, 0.375 terms and 1,000 steps",
-        "Errors are not weighted here (`error_weighting=none`).",
+        "All budgets are by plain errors.",
     ),
     "second": (
         "Reconstruction first",
-        "Errors are not weighted here (`error_weighting=none`). *Reconstructed first*: after the "
+        "All budgets are by plain errors. *Reconstructed first*: after the "
         "projection, `stp_jax.reconstruct` fits the layers to the float model's outputs on the "
         "calibration images, without labels, and retraining goes on from there "
         "(`fit=reconstruct`).",
     ),
     "vit": (
         "A vision transformer on Fashion-MNIST",
-        "Errors are not weighted here (`error_weighting=none`).",
+        "All budgets are by plain errors.",
     ),
     "mobilenet": (
         "MobileNetV2 on Fashion-MNIST",
@@ -192,6 +193,29 @@ def _of_training(results: Mapping[str, Any]) -> str:
     )
 
 
+def _columns(results: Mapping[str, Any]) -> str:
+    """What the columns of the first table mean."""
+    meanings = {
+        "Terms per weight": "of uniform budgets that take as much energy by the table",
+        "Points below float, over STP by filter": "differences paired by seed, at equal steps",
+        "Terms held": "by the trained integers in the layers with budgets; fewer or more than the "
+        "first column, since a term does not take the same energy in every layer",
+        "Saving": "an int8 array's computational energy over that of the array that runs the row, "
+        f"same network, {results['array']}, 45 nm ([how](hardware.md#energy-by-gates)); memory is "
+        "apart, and the same for all",
+        "In layers": "by gates in the layers with budgets alone: int8 dot products of eight over "
+        "dot products of eight with the row's weights, or over group PEs of two or four lanes, "
+        "whichever takes less; *with encoders* counts the edge of group PEs too",
+        "Of simple PEs": "by gates in all layers, int8 multiply-accumulate over group PEs of one "
+        "term a cycle",
+        "By the table": "of arithmetic energies, in all layers",
+        "Cycles": "of simple PEs",
+        "Plain errors": "budgets by the squared errors of the weights alone "
+        "(`error_weighting=none`)",
+    }
+    return "\n".join(f"- *{name}*: {meaning}." for name, meaning in meanings.items())
+
+
 def _command(results: Mapping[str, Any]) -> str:
     """The command that makes a comparison."""
     ran, base = results["comparison"], results["config"]
@@ -233,8 +257,31 @@ def _further(name: str, results: Mapping[str, Any]) -> list[str]:
     ]
     savings = ["saving in layers", "with encoders"]
     header = ["terms per weight", "steps", "method", *_ACCURACY, *savings]
-    text = " ".join(filter(None, ("A comparison of its own.", _of_training(results), note)))
+    text = f"{_of_training(results)} {note}"
     return [f"## {heading}", text, _without_empty_columns(header, rows)]
+
+
+def further_page(further: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page of further comparisons in Markdown, by their names in `FURTHER`."""
+    text = [
+        "# Other comparisons",
+        f"<!-- Written by `{COMMAND}`; do not edit. -->",
+        "Each section is a comparison of its own: a float model, and methods that train from it "
+        "for equal steps with equal rates and soft labels, as on the page of "
+        "[results](results.md), which explains the columns. Settings, rows and versions stand in "
+        "`docs/results/`. *Plain errors*: budgets by the squared errors of the weights alone "
+        "(`error_weighting=none`).",
+        *(part for name in FURTHER if name in further for part in _further(name, further[name])),
+    ]
+    return "\n\n".join(text) + "\n"
+
+
+def _links(names: Collection[str]) -> list[str]:
+    """Where further comparisons are found."""
+    if not names:
+        return []
+    headings = "\n".join(f"- {FURTHER[name][0]}" for name in FURTHER if name in names)
+    return ["## Other comparisons", "On [a page of their own](comparisons.md):", headings]
 
 
 def _layers(results: Mapping[str, Any]) -> list[str]:
@@ -278,19 +325,19 @@ def _projections(study: Mapping[str, Any]) -> list[str]:
 
 def page(
     results: Mapping[str, Any],
-    further: Mapping[str, Mapping[str, Any]] | None = None,
     study: Mapping[str, Any] | None = None,
+    *,
     note: str = "",
+    further: Collection[str] = (),
 ) -> str:
     """The page in Markdown.
 
     Args:
       results: what `experiments.comparison.gather` wrote.
-      further: the same of comparisons from other starts, by their names in `FURTHER`.
       study: what the experiment ``compare_projections`` wrote, if it was run.
-      note: on the data and the start of the first comparison.
+      note: on the data and the start.
+      further: the comparisons that `further_page` has.
     """
-    further = further or {}
     config, base, methods = results["comparison"], results["config"], results["methods"]
     table, steps = summary(results), min(row["steps"] for row in results["rows"])
     kinds = table["method"].map(lambda name: methods[name]["kind"])
@@ -313,27 +360,16 @@ def page(
         *filter(None, [note]),
         f"Test top-1 after these steps: {', '.join(baselines)}.",
         "## Methods at equal energy by the table",
-        "*Points below float* and *over STP by filter* are differences paired by seed, at equal "
-        "steps. *Saving* is an int8 array's computational energy over that of the array that runs "
-        f"the row, same network, {results['array']}, 45 nm ([how](hardware.md#energy-by-gates)): "
-        "*in layers*, by gates in the layers with budgets alone, int8 dot products of eight over "
-        "dot products of eight with the row's weights, or over group PEs of two or four lanes, "
-        "whichever takes less; *with encoders* counts the edge of group PEs too; *of simple PEs*, "
-        "by gates in all layers, int8 multiply-accumulate over group PEs of one term a cycle; *by "
-        "the table* of arithmetic energies. Memory is apart, and the same for all. *Terms per "
-        "weight* are those of uniform budgets that take as much energy by the table; *terms held*, "
-        "those of the trained integers in the layers with budgets, may be fewer or more, since a "
-        "term does not take the same energy in every layer. *Plain errors*: budgets by the squared "
-        "errors of the weights alone (`error_weighting=none`).",
         _methods(results, table[first & kinds.isin(["ours", "rival"])]),
         "![Top-1 over computational energy saving](images/results_pareto.png)",
+        _columns(results),
         "The command, with a folder of the images and the file of the weights named:",
         _command(results),
         *_parts(results, table[first & (kinds == "part")]),
         *_by_steps(summary(results, "validation"), results["methods"]),
-        *(part for name in FURTHER if name in further for part in _further(name, further[name])),
         *_layers(results),
         *(_projections(study) if study else []),
+        *_links(further),
     ]
     if results["missing"]:
         count = len(results["missing"])
@@ -380,12 +416,16 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def stored_page() -> str:
-    """The page of the stored results, of which those of `DATA` are there."""
+def stored_pages() -> dict[str, str]:
+    """The pages of the stored results, by their files; those of `DATA` must be there."""
     study = json.loads(PROJECTIONS.read_text()) if PROJECTIONS.exists() else None
     files = {name: _stored(name) for name in FURTHER}
     further = {name: json.loads(p.read_text()) for name, p in files.items() if p.exists()}
-    return page(json.loads(DATA.read_text()), further, study, NOTE)
+    results = json.loads(DATA.read_text())
+    return {
+        "results.md": page(results, study, note=NOTE, further=further),
+        "comparisons.md": further_page(further),
+    }
 
 
 def _stored(name: str) -> Path:
@@ -423,7 +463,8 @@ def main(arguments: list[str]) -> int:
     if not DATA.exists():
         print(f"error: there are no results of --exp={DATA.stem} yet; name that run's folder")
         return 2
-    (DOCS / "results.md").write_text(stored_page())
+    for name, text in stored_pages().items():
+        (DOCS / name).write_text(text)
     plot(json.loads(DATA.read_text()), DOCS / "images" / "results_pareto.png")
     return 0
 

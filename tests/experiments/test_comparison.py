@@ -23,7 +23,7 @@ from experiments.comparison import (
 )
 from experiments.config import ConfigError, override
 from experiments.configs.compare_methods import METHODS, PARTS
-from experiments.results_page import DATA, DOCS, page, stored_page
+from experiments.results_page import DATA, DOCS, further_page, page, stored_pages
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
@@ -236,17 +236,19 @@ def test_the_page_holds_every_row_and_says_what_is_missing(comparison):
 
 @pytest.mark.skipif(not DATA.exists(), reason="no stored results")
 def test_the_documentation_shows_the_stored_results():
-    assert (DOCS / "results.md").read_text() == stored_page()
+    for name, text in stored_pages().items():
+        assert (DOCS / name).read_text() == text
 
 
 @pytest.mark.slow  # its fixture is
 def test_a_further_comparison_has_a_section_of_its_own(comparison):
     results, title = comparison[2], "## Reconstruction first"
-    assert title not in page(results)
+    assert "(comparisons.md)" not in page(results)
+    assert "reconstruction first" in page(results, further=["second"])
     rows = [
         {**row, "steps": 7654, "test": 12.34, "saving_in_layers": 5.67} for row in results["rows"]
     ]
-    section = page(results, {"second": {**results, "rows": rows}}).partition(title)[2]
+    section = further_page({"second": {**results, "rows": rows}}).partition(title)[2]
     assert all(shown in section for shown in ("7,654", "12.34", "5.67×"))
 
 

@@ -228,6 +228,22 @@ def test_budgets_of_any_shape_are_measured_by_one_program():
     assert len(traced) == 1
 
 
+@pytest.mark.parametrize("by", ["layer", "filter"])
+def test_allocations_in_steps_are_multiples_within_the_total(by):
+    stp, batches = logits_model()
+    for allocate in (
+        lambda **options: stp_jax.allocate(stp, 0.75, by=by, **options),
+        lambda **options: stp_jax.allocate_by_divergence(stp, 0.75, batches, by=by, **options),
+    ):
+        found = allocate(step=2)
+        costs = stp_jax.term_costs(stp)
+        assert all((np.asarray(k) % 2 == 0).all() and np.min(k) >= 2 for k in found.values())
+        assert sum(costs[path] * np.mean(k) for path, k in found.items()) <= 0.75 + 1e-9
+        assert any(np.any(found[path] != k) for path, k in allocate().items())
+    with pytest.raises(ValueError, match="does not reach the minimum budget 8"):
+        stp_jax.allocate_by_divergence(stp, 0.75, batches, step=8)
+
+
 def test_layers_without_error_or_cost_do_not_stop_an_allocation():
     stp, batches = logits_model()
     first, *others = stp_jax.budgets(stp)
