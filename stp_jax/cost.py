@@ -168,27 +168,27 @@ def _integers(model: Any, kinds: Mapping[str, str]) -> dict[str, np.ndarray]:
 
 
 def _budgets(model: Any, kinds: Mapping[str, str]) -> dict[str, Any]:
-    """Budgets by path, of a transposed convolution at every position of its window."""
+    """Budgets by path, in the order of the network's filters.
+
+    Those of a transposed convolution stand at every position of its window, and those of an einsum
+    are sorted by its products first.
+    """
     found = budgets(model)
     for path, quantized in quantized_layers(model).items():
         if quantized.layer.kind == "conv_transpose" and kinds.get(path) != "conv":
             window = int(np.prod(quantized.kernel.shape[:-2]))
             if np.ndim(found.get(path, 0)):
                 found[path] = np.tile(found[path], window)
+        batch = _shared_with_input(quantized)
+        if batch and np.ndim(found.get(path, 0)):
+            by_axis = found[path].reshape(quantized.format.filter_shape(quantized.kernel.shape))
+            found[path] = np.moveaxis(by_axis, batch, range(len(batch))).reshape(-1)
     return found
 
 
 def _reduction_first(integers: np.ndarray, quantized: QuantizedLayer) -> np.ndarray:
     """A kernel as (*reduction, *filters), or (products, K, M) where the input shares other axes."""
-    reduction = quantized.format.axes.groups
-    batch: tuple[int, ...] = ()
-    if quantized.layer.equation is not None:
-        of_input, kernel = quantized.layer.equation.replace(" ", "").split("->")[0].split(",")
-        batch = tuple(
-            axis
-            for axis, letter in enumerate(kernel.removesuffix("..."))
-            if letter in of_input and axis not in reduction
-        )
+    reduction, batch = quantized.format.axes.groups, _shared_with_input(quantized)
     filters = [axis for axis in range(integers.ndim) if axis not in (*batch, *reduction)]
     ordered = integers.transpose(*batch, *reduction, *filters)
     if not batch:
@@ -197,6 +197,18 @@ def _reduction_first(integers: np.ndarray, quantized: QuantizedLayer) -> np.ndar
         int(np.prod([integers.shape[a] for a in axes])) for axes in (batch, reduction)
     )
     return ordered.reshape(products, terms, -1)
+
+
+def _shared_with_input(quantized: QuantizedLayer) -> tuple[int, ...]:
+    """Axes of an einsum's kernel that its input has and it does not sum over."""
+    if quantized.layer.equation is None:
+        return ()
+    of_input, kernel = quantized.layer.equation.replace(" ", "").split("->")[0].split(",")
+    return tuple(
+        axis
+        for axis, letter in enumerate(kernel.removesuffix("..."))
+        if letter in of_input and axis not in quantized.format.axes.groups
+    )
 
 
 def _path(name: str) -> str:

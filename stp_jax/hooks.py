@@ -100,10 +100,12 @@ class KernelLayer:
     def has_plain_product(self) -> bool:
         """Whether one replaceable product contracts the input with the kernel, without batch axes.
 
-        Its output ends in the axes of `out_features`.
+        Its output ends in the axes of `out_features`. A masked kernel is not as it is stored.
         """
-        custom = getattr(self.module, "dot_general_cls", None) is not None
-        return self.kind in ("conv", "dense", "general") and not self.batch_axes and not custom
+        other = ("dot_general_cls", "mask")
+        if any(getattr(self.module, name, None) is not None for name in other):
+            return False
+        return self.kind in ("conv", "dense", "general") and not self.batch_axes
 
 
 def _kind_of(module: object, kinds: Mapping[type, Kind]) -> Kind | None:

@@ -211,3 +211,33 @@ def test_transposed_convolutions_cost_what_their_terms_do(stride, transpose_kern
     assert float(cost.report.operations["terms"][1]) <= pixels * positions * 2 * k.sum()
     stp_jax.set_budgets(stp, {"layers.0": 8, "layers.1": 7})
     assert cost.report.cycles[1] < stp_jax.evaluate_model(stp, x, rows=1, cols=1).report.cycles[1]
+
+
+def test_a_layer_may_be_called_model():
+    class Wrapped(nnx.Module):
+        def __init__(self):
+            self.model = nnx.Linear(64, 32, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.model(x)
+
+    stp = stp_jax.quantize(Wrapped(), Policy([Rule(path=".*", budget=4)]))
+    cost = stp_jax.evaluate_model(stp, jnp.ones((1, 64)))
+    assert dict(cost.budgets) == {"model": 4}
+    assert set(stp_jax.term_costs(stp, jnp.ones((1, 64)), per="cycles")) == {"model"}
+
+
+@pytest.mark.parametrize("equation", ["bhd,hdk->bhk", "bhd,dkh->bhk"])
+def test_budgets_by_filter_of_an_einsum_follow_its_products(equation):
+    extents = {"h": 3, "d": 16, "k": 5}
+    kernel = tuple(extents[letter] for letter in equation.split("->")[0].split(",")[1])
+    model = nnx.Einsum(equation, kernel, rngs=nnx.Rngs(0))
+    stp = stp_jax.quantize(model, Policy([Rule(path=".*", budget=8)]))
+    stp_jax.set_budgets(stp, stp_jax.allocate(stp, 0.5, by="filter"))
+    cost = stp_jax.evaluate_model(stp, jnp.ones((2, 3, 16)))
+    (budgets,) = cost.budgets.values()
+    by_product = budgets.reshape(3, 5)
+    held = stp_jax.weight_terms(stp)[""]
+    held = held if equation.endswith("hdk->bhk") else held.transpose(2, 0, 1)
+    groups = held.reshape(3, 2, 8, 5).sum(axis=2)  # [h, groups, k]
+    assert (groups <= by_product[:, None]).all() and (groups.max(1) == by_product).mean() > 0.9

@@ -504,7 +504,7 @@ def _lower(graph: _Graph, eqn: Any, inputs: Sequence[Any]) -> Sequence[Any]:
     return outputs if isinstance(outputs, list) else [outputs]
 
 
-def export_onnx(model: Any, example: Any, path: str | Path) -> None:
+def export_onnx(model: Any, example: Any, path: str | Path, **kwargs: Any) -> None:
     """Writes an STP model as an ONNX file for evaluation.
 
     Kernels are int8 initializers before DequantizeLinear with a scale per output channel, layer
@@ -516,6 +516,7 @@ def export_onnx(model: Any, example: Any, path: str | Path) -> None:
       model: a calibrated STP model (a Linen one with its variables), computing in float32.
       example: an input of the model, or its ``jax.ShapeDtypeStruct``.
       path: the file, conventionally ``*.onnx``.
+      **kwargs: keyword arguments of the model's call, such as ``train=False``.
 
     Raises:
       ImportError: the package ``onnx`` is missing.
@@ -529,7 +530,7 @@ def export_onnx(model: Any, example: Any, path: str | Path) -> None:
             "export_onnx needs the onnx package: pip install 'stp-jax[onnx]'"
         ) from error
     _check(model)
-    closed = trace_integers(model, example)
+    closed = trace_integers(model, example, **kwargs)
     graph = _Graph(onnx)
     graph.unique("input")
     arguments = [_Tensor("input", example.shape)]

@@ -10,6 +10,7 @@ integer.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from stp_jax.hooks import LinenModel, keys_of, model_name, unboxed
 from stp_jax.quant.calibration import integer_weights
 from stp_jax.quant.layers import (
     QuantizedLayer,
+    check_own_kernels,
     quantized_layers,
     spread_scale,
     without_quantizers,
@@ -175,8 +177,10 @@ def save_packed(model: Any, path: str | Path) -> None:
       path: the file, conventionally ``*.safetensors``.
 
     Raises:
-      ValueError: the model has no quantized layer, or a stack of them.
+      ValueError: the model has no quantized layer, or a stack of them, or two layers share a
+        kernel.
     """
+    check_own_kernels(quantized_layers(model), "save_packed")
     for layer_path, quantized in quantized_layers(model).items():
         if quantized.is_stacked:
             raise ValueError(f"layer {layer_path!r} is a stack of layers, which the format lacks")
@@ -295,10 +299,10 @@ def load_packed(model: Model, path: str | Path) -> Model: ...
 
 
 @overload
-def load_packed(model: nn.Module, path: str | Path, *inputs: Any) -> BoundModel: ...
+def load_packed(model: nn.Module, path: str | Path, *inputs: Any, **kwargs: Any) -> BoundModel: ...
 
 
-def load_packed(model: Any, path: str | Path, *inputs: Any) -> Any:
+def load_packed(model: Any, path: str | Path, *inputs: Any, **kwargs: Any) -> Any:
     """Reads a file of `save_packed` into an STP model.
 
     Args:
@@ -306,6 +310,7 @@ def load_packed(model: Any, path: str | Path, *inputs: Any) -> Any:
         which may be abstract (from ``nnx.eval_shape``), or a Linen module. It is not changed.
       path: the file.
       *inputs: of a Linen module, to find its layers; only shape and dtype are used.
+      **kwargs: keyword arguments of that call, such as ``train=False``.
 
     Returns:
       An STP model like `stp_jax.quantize`'s, for Linen with its variables, with the file's rules,
@@ -331,7 +336,7 @@ def load_packed(model: Any, path: str | Path, *inputs: Any) -> Any:
     header = _header(path, metadata)
     policy = _policy(path, header)
     if isinstance(model, nn.Module):
-        return _load_linen(model, path, header["layers"], policy, tensors, inputs)
+        return _load_linen(model, path, header["layers"], policy, tensors, inputs, kwargs)
     return _load_nnx(model, path, header, policy, tensors)
 
 
@@ -347,11 +352,13 @@ def _load_linen(
     policy: Policy,
     tensors: dict[str, jax.Array],
     inputs: Sequence[Any],
+    options: Mapping[str, Any],
 ) -> BoundModel:
     if not inputs:
         raise ValueError("the layers of a Linen module are known once it is traced: pass an input")
     quantized = quantize_linen(module, policy)
-    flat = hooks.flat_variables(jax.eval_shape(quantized.init, jax.random.key(0), *inputs))
+    init = functools.partial(quantized.init, **options)
+    flat = hooks.flat_variables(jax.eval_shape(init, jax.random.key(0), *inputs))
     model = quantized.bind(hooks.nested_variables(flat))
     names = _linen_names(without_quantizers(model).variables)
     values = _values(entries, tensors)
@@ -397,6 +404,12 @@ def _load_nnx(
             variable.set_value(values[name].astype(dtype))
         else:
             variable.set_value(random[name].get_value())
+    constants = [
+        (path, leaf)
+        for path, leaf in nnx.to_flat_state(nnx.state(model))
+        if not isinstance(leaf, nnx.Variable)
+    ]
+    nnx.update(loaded, nnx.from_flat_state(constants))
     return loaded
 
 

@@ -50,7 +50,7 @@ def _check(path: str, rule: Rule, budget: np.ndarray) -> None:
         raise ValueError(f"layer {path!r}: a budget of 0 leaves nothing to compute")
 
 
-def _first_product(model: Any, path: str, x: Any) -> tuple[tuple, dict[str, Any]]:
+def _first_product(model: Any, path: str, x: Any, **options: Any) -> tuple[tuple, dict[str, Any]]:
     """Arguments of a layer's first product when the integer model runs on x."""
     calls: list[tuple[tuple, dict[str, Any]]] = []
 
@@ -67,19 +67,20 @@ def _first_product(model: Any, path: str, x: Any) -> tuple[tuple, dict[str, Any]
     integer: Any = hooks.attach(integer_model(model), Hooks(product=record))
     if isinstance(integer, nnx.Module):
         integer.eval()
-    integer(x)
+    integer(x, **options)
     if not calls:
         raise ValueError(f"the model does not use layer {path!r} on this input")
     return calls[0]
 
 
-def layer_jobs(model: Any, layer: str, x: Any) -> list[Job]:
+def layer_jobs(model: Any, layer: str, x: Any, **kwargs: Any) -> list[Job]:
     """A layer's integer operands when the model runs on x, as jobs for the array.
 
     Args:
       model: a calibrated STP model; a Linen one with its variables.
       layer: dotted path of a quantized Conv or Linear with the NAF, 8-bit weights and a budget.
       x: an input of the model. The layer's first use counts.
+      **kwargs: keyword arguments of the model's call, such as ``train=False``.
 
     Returns:
       One job, or one per feature group. Weights are [filters, K], activations [pixels, K]; a job's
@@ -90,7 +91,7 @@ def layer_jobs(model: Any, layer: str, x: Any) -> list[Job]:
         is not calibrated.
     """
     quantized = _find(model, layer)
-    (lhs, kernel, *positional), options = _first_product(model, layer, x)
+    (lhs, kernel, *positional), options = _first_product(model, layer, x, **kwargs)
     options |= zip(("window_strides", "padding"), positional, strict=False)
     budget = np.asarray(quantized.flat_budget)
     return _jobs(lhs, np.asarray(kernel), options, quantized.format, budget)

@@ -23,9 +23,10 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 
 def variables(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
-    """The model's variables with their dotted paths."""
+    """The model's variables with their dotted paths; arrays that are none are constants of it."""
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        yield ".".join(map(str, path)), variable
+        if isinstance(variable, nnx.Variable):
+            yield ".".join(map(str, path)), variable
 
 
 def read(path: Path) -> tuple[dict[str, jax.Array], dict[str, str]]:

@@ -22,6 +22,7 @@ from stp_jax.quant.calibration import (
     call_model,
     check_batches,
     outside_of_loops,
+    sound_batches,
     sum_over_batches,
 )
 from stp_jax.quant.layers import quantized_layers
@@ -138,12 +139,13 @@ def correct_bias(
       Layer path → the shift that was taken off, float32 of the bias's (or the channels') shape.
 
     Raises:
-      ValueError: there is no batch, no layer can be corrected, a BatchNorm is in training mode, or
-        a layer runs inside a scan or vmap, where its outputs cannot be seen.
+      ValueError: there is no batch, or one is empty or holds NaN or infinity; no layer can be
+        corrected, a BatchNorm is in training mode, or a layer runs inside a scan or vmap, where its
+        outputs cannot be seen.
       TypeError: batches is an array.
     """
     check_batches(batches)
-    batches = list(batches)
+    batches = list(sound_batches(batches))
     if not batches:
         raise ValueError("bias correction needs at least one batch of inputs")
     training = hooks.training_batch_norms(model)

@@ -30,10 +30,14 @@ def check_batches(batches: object) -> None:
         raise TypeError(f"batches must be a list of batches; give [x] for one of {batches.shape}")
 
 
-def finite_batches(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches one by one; ValueError at the first that holds NaN or infinity."""
+def sound_batches(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches one by one; ValueError at the first that is empty or holds NaN or infinity."""
     for i, batch in enumerate(batches):
         for leaf in jax.tree.leaves(batch):
+            if not np.size(leaf):
+                raise ValueError(
+                    f"batch {i} is empty: an array of it has the shape {np.shape(leaf)}"
+                )
             if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
                 continue
             bad = int(jnp.sum(~jnp.isfinite(leaf)))
@@ -107,12 +111,13 @@ def calibrate(
         What it returns has to depend on the layers of a Linen model.
 
     Raises:
-      ValueError: there is no batch, or one holds NaN or infinity; ``call`` returns nothing.
+      ValueError: there is no batch, or one is empty or holds NaN or infinity; ``call`` returns
+        nothing.
       TypeError: batches is an array.
     """
     check_batches(batches)
     quantized_layers(model)
-    if not observe_inputs(model, finite_batches(batches), call):
+    if not observe_inputs(model, sound_batches(batches), call):
         raise ValueError("calibration needs at least one batch of inputs")
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from stp_jax import hooks
 from stp_jax.hooks import Hooks, KernelLayer
@@ -23,11 +22,12 @@ from stp_jax.quant.calibration import (
     check_batches,
     outside_of_loops,
     search_weight_scales,
+    sound_batches,
     sum_over_batches,
 )
-from stp_jax.quant.layers import check_scale_by_filter, quantized_layers
+from stp_jax.quant.kernel_rows import KernelRows
+from stp_jax.quant.layers import check_own_kernels, check_scale_by_filter, quantized_layers
 from stp_jax.terms.compensation import project_compensated
-from stp_jax.terms.groups import GroupLayout
 
 
 def _takes_part(layer: KernelLayer) -> bool:
@@ -68,7 +68,7 @@ def _gram_matrices(
         call(hooks.attach(rebuild(state), Hooks(product=product)), batch)
         return {path: functools.reduce(jnp.add, calls) for path, calls in seen.items() if calls}
 
-    total, count = sum_over_batches(functools.partial(observe, state), batches)
+    total, count = sum_over_batches(functools.partial(observe, state), sound_batches(batches))
     if not count:
         raise ValueError("compensation needs at least one batch of inputs")
     return total
@@ -101,16 +101,24 @@ def compensate(
       that are neither dense nor a convolution without channel groups are left out and unchanged.
 
     Raises:
-      ValueError: there is no batch, no layer takes part, a layer has scales by group, or one runs
+      ValueError: there is no batch, or one is empty or holds NaN or infinity; no layer takes part;
+        a layer has scales by group, or scales that follow from its kernel ("max"), or one runs
         inside a scan or vmap, where its inputs cannot be seen.
       TypeError: batches is an array.
     """
     check_batches(batches)
     layers = quantized_layers(model)
     check_scale_by_filter(layers, "compensate")
+    check_own_kernels(layers, "compensate")
     paths = [path for path, quantized in layers.items() if _takes_part(quantized.layer)]
     if not paths:
         raise ValueError("no quantized layer is dense or a convolution without channel groups")
+    for path in paths:
+        if layers[path].rule.weight_scale == "max":
+            raise ValueError(
+                f"layer {path!r}: weight_scale='max' follows from the kernel, which compensate "
+                "changes; use 'search' or 'learned'"
+            )
     with outside_of_loops("inputs"):
         grams = _gram_matrices(model, paths, batches, call)
     set_budgets(model, values)
@@ -118,26 +126,17 @@ def compensate(
     ratios = {}
     for path, gram in grams.items():
         layer = layers[path]
-        fmt, kernel = layer.rule.format, layer.kernel
-        outputs = kernel.shape[-1]
-        lead, size = int(np.prod(kernel.shape[:-2])), fmt.group_size
-        layout = fmt.layout((-2,))  # along a position's input channels
-
-        def whole(x: jax.Array, lead: int = lead, layout: GroupLayout = layout) -> jax.Array:
-            """Rows [lead * inputs, n] with each run of inputs filled up to whole groups."""
-            return layout.pad(x.reshape(lead, -1, x.shape[-1])).reshape(-1, x.shape[-1])
-
-        scale = layer.scale
-        padded = whole(kernel.reshape(-1, outputs))
+        fmt, kernel, scale = layer.rule.format, layer.kernel, layer.scale
+        outputs, rows = kernel.shape[-1], KernelRows.of(layer)
         integers = project_compensated(
-            padded.reshape(-1, size, outputs),
+            rows.split(kernel).reshape(-1, fmt.group_size, outputs),
             jnp.broadcast_to(scale.reshape(-1, scale.shape[-1]), (1, outputs))[0],
-            whole(whole(gram).T),
+            rows.pad_square(gram[None])[0],
             layer.flat_budget,
             fmt=fmt,
             damping=damping,
         )
-        kept = layout.join(integers, kernel.shape)
+        kept = rows.join(integers.reshape(1, -1, outputs))
         new = (scale * kept.astype(scale.dtype)).astype(kernel.dtype)
         error = _output_error(gram, new - kernel)
         plain = _output_error(gram, layer.projected() - kernel)

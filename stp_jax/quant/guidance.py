@@ -116,11 +116,17 @@ def _targets(
     # A copy, since the model's own arrays may be donated to a step.
     state, from_state = hooks.functional(model)
     model_params, rebuild = hooks.trainable(from_state(jax.tree.map(jnp.copy, state)))
-    structure = jax.tree.structure(model_params)
+    structure, number = jax.tree.structure(model_params), len(jax.tree.leaves(model_params))
 
     def targets(params: Any, step: jax.Array) -> Any:
+        if len(leaves := jax.tree.leaves(params)) != number:
+            raise ValueError(
+                f"targets need all {number} parameters of the model, got "
+                f"{len(leaves)}; kernels alone are pulled, so chain it outside of "
+                "optax.masked and multi_transform, and optimize all of nnx.Param"
+            )
         values = budgets(step) if callable(budgets) else budgets
-        whole = rebuild(jax.tree.unflatten(structure, jax.tree.leaves(params)))
+        whole = rebuild(jax.tree.unflatten(structure, leaves))
         found = project(whole, values, step)
         return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(found))
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from stp_jax import hooks
@@ -106,8 +107,8 @@ def integer_model(model: Model, *, arithmetic: Arithmetic = "multiply") -> Model
       model's up to float rounding outside the integer sums.
 
     Raises:
-      ValueError: a layer is of another kind or has scales by group, or its input has no calibrated
-        integer scale.
+      ValueError: a layer is of another kind or has scales by group, its input has no calibrated
+        integer scale, or its sums may exceed int32.
     """
     if arithmetic not in ("multiply", "shift_add"):
         raise ValueError(f"arithmetic must be multiply or shift_add, got {arithmetic!r}")
@@ -115,10 +116,13 @@ def integer_model(model: Model, *, arithmetic: Arithmetic = "multiply") -> Model
     check_scale_by_filter(layers, "integer_model")
     for layer in layers.values():
         check_layer(layer)
+    integers = {path: layer.integers() for path, layer in layers.items()}
+    for path, layer in layers.items():
+        _check_sums(layer, integers[path])
     float_model = without_quantizers(model)
-    for layer in layers.values():
+    for path, layer in layers.items():
         dtype = jnp.int8 if layer.rule.bits <= 8 else jnp.int32
-        hooks.replace_kernel(float_model, layer.layer, layer.integers().astype(dtype))
+        hooks.replace_kernel(float_model, layer.layer, integers[path].astype(dtype))
         bias = layer.quantize_bias(hooks.get_variable(float_model, layer.path, "bias"))
         if bias is not None:
             hooks.set_variable(float_model, layer.path, "bias", bias)
@@ -143,6 +147,18 @@ def _scales(layer: QuantizedLayer) -> tuple[jax.Array, jax.Array]:
     of_input = layer.input_scale
     assert of_input is not None
     return of_input, layer.scale.reshape(layer.layer.out_features) * of_input
+
+
+def _check_sums(layer: QuantizedLayer, integers: jax.Array) -> None:
+    """Raises ValueError if the sums of a layer with these integers may exceed int32."""
+    weights = np.abs(np.asarray(integers, np.int64)).sum(axis=layer.format.axes.scale)
+    bound = int(weights.max(initial=0)) << (layer.rule.activation_bits - 1)
+    if bound >= 1 << 31:
+        raise ValueError(
+            f"layer {layer.path!r}: sums of {layer.rule.bits}-bit weights and "
+            f"{layer.rule.activation_bits}-bit inputs may reach {bound}, more than int32 holds; "
+            "take fewer bits, or keep the layer float"
+        )
 
 
 def check_layer(layer: QuantizedLayer) -> None:

@@ -225,9 +225,9 @@ class LayerFormat:
         slack: float = 0.0,
     ) -> jax.Array:
         """The scale of least squared error at the budget, float32, as it is stored."""
-        axes = self._cut_axes
+        axes, cut = self._cut_axes, self._cut(kernel)
         scale = search_scale(
-            self._cut(kernel),
+            cut,
             self._cut_shared(jnp.asarray(budget)),
             axes=axes.groups,
             scale_axes=axes.scale,
@@ -236,6 +236,12 @@ class LayerFormat:
             slack=slack,
             powers_of_two=self.rule.power_of_two_scales,
         )
+        # Weights that are all 0 have no best scale; one for weights as they are drawn at first
+        # lets them leave 0 in training.
+        fan_in = math.prod(kernel.shape[a] for a in self.axes.scale)
+        usual = jnp.float32(3.0 / (math.sqrt(fan_in) * self.rule.format.largest))
+        none = jnp.all(cut == 0, axis=axes.scale, keepdims=True)
+        scale = jnp.where(none, self._rounded(usual), scale)
         return scale if self._runs is None else jnp.squeeze(scale, axes.groups)
 
     def _cut_scale(self, kernel: jax.Array, stored: jax.Array | None) -> jax.Array:
@@ -357,7 +363,7 @@ class LayerFormat:
         )
 
     def observe_input(self, x: jax.Array) -> jax.Array:
-        """The scale of least squared error on x, float32 scalar, for calibration."""
+        """The scale of least squared error on x, float32 scalar, for calibration; 0 if x is."""
         bits = self.rule.activation_bits
         peak = max_scale(x, axes=tuple(range(x.ndim)), bits=bits)
 
@@ -369,7 +375,8 @@ class LayerFormat:
             q = self._quantize_input(x, peak * ratio)
             return jnp.mean((q - x).astype(jnp.float32) ** 2)
 
-        return peak.reshape(()) * ratios[jnp.argmin(jax.lax.map(error, ratios))]
+        found = peak.reshape(()) * ratios[jnp.argmin(jax.lax.map(error, ratios))]
+        return jnp.where(jnp.any(x != 0), found, jnp.float32(0))
 
 
 def of_one_layer(budget: jax.Array) -> jax.Array:
@@ -409,6 +416,11 @@ class QuantizedLayer(abc.ABC):
     @kernel.setter
     @abc.abstractmethod
     def kernel(self, value: jax.Array) -> None: ...
+
+    @property
+    def owner(self) -> object:
+        """What holds the kernel; layers that share one have the same."""
+        return self
 
     @property
     @abc.abstractmethod
@@ -625,6 +637,18 @@ def check_scale_by_filter(layers: Mapping[str, QuantizedLayer], what: str) -> No
             raise ValueError(
                 f"layer {path!r} has scales by group (scale_group={layer.rule.scale_group}); "
                 f"{what} takes one scale per output channel"
+            )
+
+
+def check_own_kernels(layers: Mapping[str, QuantizedLayer], what: str) -> None:
+    """Raises ValueError if two layers share one kernel, which ``what`` does not take."""
+    first: dict[int, str] = {}
+    for path, layer in layers.items():
+        other = first.setdefault(id(layer.owner), path)
+        if other != path:
+            raise ValueError(
+                f"layers {other!r} and {path!r} share one kernel, of which each has integers of "
+                f"its own; {what} does not take that: keep one of them float, or untie them"
             )
 
 

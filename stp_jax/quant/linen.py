@@ -329,13 +329,13 @@ class QuantizedModule:
         Args:
           variables: as from `init`; not changed. The model has its own, ``.variables``.
           *inputs: of the module, to trace it where nothing else has, as after a checkpoint was
-            restored; only shape and dtype are used.
+            restored, or only methods that use some of its layers; only shape and dtype are used.
           **kwargs: keyword arguments of that call, such as ``train=False``.
 
         Raises:
           ValueError: the module was not traced yet, so that its layers are not known.
         """
-        if inputs and not self.traced.layers:
+        if inputs:  # a call of another method may have traced a part of the layers
             jax.eval_shape(lambda v, x: self.run(v, *x, **kwargs), dict(variables), inputs)
         if not self.traced.layers:
             raise ValueError(

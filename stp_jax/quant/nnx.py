@@ -143,6 +143,11 @@ class NNXLayer(QuantizedLayer):
         self._variable[...] = value
 
     @property
+    def owner(self) -> object:
+        """The kernel's variable, which another layer may have as well."""
+        return self._variable
+
+    @property
     def stored_scale(self) -> jax.Array | None:
         """The scale of the kernel that is stored."""
         return self.quantizer.stored_scale

@@ -29,10 +29,15 @@ from stp_jax import hooks
 from stp_jax.hooks import Hooks, KernelLayer
 from stp_jax.quant.bias import find_batch_norms
 from stp_jax.quant.budgets import set_budgets
-from stp_jax.quant.calibration import call_model, check_batches
-from stp_jax.quant.layers import QuantizedLayer, check_scale_by_filter, quantized_layers
+from stp_jax.quant.calibration import call_model, check_batches, sound_batches
+from stp_jax.quant.kernel_rows import KernelRows
+from stp_jax.quant.layers import (
+    QuantizedLayer,
+    check_own_kernels,
+    check_scale_by_filter,
+    quantized_layers,
+)
 from stp_jax.terms.compensation import check_damping, damped_gram
-from stp_jax.terms.groups import GroupLayout
 from stp_jax.terms.lattice import check_search
 from stp_jax.terms.quantizers import WeightFormat, max_scale
 from stp_jax.terms.second_order import (
@@ -60,51 +65,6 @@ class Moments(NamedTuple):
         gram = self.gram - self.mean[:, :, None] * self.mean[:, None]
         cross = self.cross - self.mean[:, :, None] * self.drift[:, None]
         return self._replace(gram=gram, cross=cross)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """A kernel ``[*window, in / groups, out]`` as matrices of rows that whole groups fill.
-
-    Attributes:
-      shape: of the kernel.
-      groups: channel groups G, each with M = out / G outputs.
-      layout: the weight format's groups along the second axis.
-      lead, run: axes of the rows: groups follow each other along the second.
-    """
-
-    shape: tuple[int, ...]
-    groups: int
-    layout: GroupLayout
-    lead: int
-    run: int
-
-    @classmethod
-    def of(cls, layer: QuantizedLayer) -> _Rows:
-        shape = layer.kernel.shape
-        window = int(np.prod(shape[:-2]))
-        layout = layer.rule.format.layout((1,))
-        along_window = shape[-2] == 1 and len(shape) > 2
-        lead, run = (1, window) if along_window else (window, shape[-2])
-        return cls(shape, layer.layer.feature_groups, layout, lead, run)
-
-    def pad(self, x: jax.Array) -> jax.Array:
-        """Rows [K, n] filled up with zeros to whole groups, [K', n]."""
-        return self.layout.pad(x.reshape(self.lead, self.run, -1)).reshape(-1, x.shape[-1])
-
-    def split(self, kernel: jax.Array) -> jax.Array:
-        """A kernel → [G, K', M]."""
-        rows = self.pad(kernel.reshape(-1, kernel.shape[-1]))
-        return jnp.moveaxis(rows.reshape(len(rows), self.groups, -1), 1, 0)
-
-    def join(self, rows: jax.Array) -> jax.Array:
-        """Undoes `split`."""
-        rows = jnp.moveaxis(rows, 0, 1).reshape(self.lead, -1, self.shape[-1])
-        return rows[:, : self.run].reshape(self.shape)
-
-    def pad_square(self, gram: jax.Array) -> jax.Array:
-        """[G, K, K] → [G, K', K']."""
-        return jax.vmap(lambda h: self.pad(self.pad(h).T).T)(gram)
 
 
 @jax.jit
@@ -265,7 +225,9 @@ class _Problem(NamedTuple):
     target: np.ndarray  # [G, K', M]: the real weights that are to be projected
 
 
-def _problem(rows: _Rows, seen: _Seen, has_bias: bool, w: np.ndarray, damping: float) -> _Problem:
+def _problem(
+    rows: KernelRows, seen: _Seen, has_bias: bool, w: np.ndarray, damping: float
+) -> _Problem:
     """The projection problem of a layer of weights ``[G, K', M]``: its target and Gram matrix.
 
     The damping of the correction is chosen on other examples than those that it is fitted to,
@@ -290,7 +252,7 @@ def _problem(rows: _Rows, seen: _Seen, has_bias: bool, w: np.ndarray, damping: f
 
 
 def _fit_layer(layer: QuantizedLayer, seen: _Seen, has_bias: bool, search: _Search) -> _Fit:
-    rows, fmt = _Rows.of(layer), layer.rule.format
+    rows, fmt = KernelRows.of(layer), layer.rule.format
     w = np.array(rows.split(layer.kernel.astype(jnp.float32)))
     gram, target = map(jnp.asarray, _problem(rows, seen, has_bias, w, search.damping))
     if layer.rule.budget is None:
@@ -331,6 +293,7 @@ def _check_layers(layers: Mapping[str, QuantizedLayer]) -> None:
     if not any(_takes_part(layer.layer) for layer in layers.values()):
         raise ValueError("no quantized layer is dense or a convolution")
     check_scale_by_filter(layers, "reconstruct")
+    check_own_kernels(layers, "reconstruct")
 
 
 def _side_by_side(
@@ -431,13 +394,13 @@ def reconstruct(
       Layer path → the squared error of its outputs, over their variance in the float model.
 
     Raises:
-      ValueError: there is no batch, no layer takes part, a layer cannot be run side by side with
-        its float one or runs more than once, or an argument is out of range. Nothing is changed
-        then.
+      ValueError: there is no batch, or one is empty or holds NaN or infinity; no layer takes part;
+        a layer cannot be run side by side with its float one, or runs more than once; an argument
+        is out of range. Nothing is changed then.
       TypeError: batches is an array.
     """
     check_batches(batches)
-    batches = list(batches)
+    batches = list(sound_batches(batches))
     if not batches:
         raise ValueError("reconstruction needs at least one batch of inputs")
     check_damping(damping)

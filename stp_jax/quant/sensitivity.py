@@ -13,7 +13,7 @@ import numpy as np
 from stp_jax import hooks
 from stp_jax.hooks import KernelLayer
 from stp_jax.quant.budgets import budgets, set_budgets
-from stp_jax.quant.calibration import call_model, check_batches, sum_over_batches
+from stp_jax.quant.calibration import call_model, check_batches, sound_batches, sum_over_batches
 from stp_jax.quant.layers import QuantizedLayer, quantized_layers
 from stp_jax.terms.projection import error_curve
 
@@ -52,7 +52,7 @@ def squared_gradients(
         layers = quantized_layers(rebuild(grads))
         return {path: layer.kernel**2 for path, layer in layers.items()}
 
-    total, count = sum_over_batches(functools.partial(squares, params), batches)
+    total, count = sum_over_batches(functools.partial(squares, params), sound_batches(batches))
     if not count:
         raise ValueError("sensitivity needs at least one batch")
     return {path: value / count for path, value in total.items()}
@@ -72,7 +72,7 @@ class LayerDivergences:
         """Takes what `output_divergences` does."""
         check_batches(batches)
         self._model = _with_all_terms(model)
-        self._batches = list(batches)
+        self._batches = list(sound_batches(batches))
         if not self._batches:
             raise ValueError("sensitivity needs at least one batch")
         self._kernels = {
@@ -227,7 +227,7 @@ def output_divergence(
         return lambda batch: jax.nn.log_softmax(logits(state, batch))
 
     log_p, log_q = log_outputs(reference), log_outputs(model)
-    each = [_divergence(log_p(batch), log_q(batch)) for batch in batches]
+    each = [_divergence(log_p(batch), log_q(batch)) for batch in sound_batches(batches)]
     if not each:
         raise ValueError("sensitivity needs at least one batch")
     return float(np.mean(each))

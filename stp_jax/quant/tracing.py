@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +26,9 @@ quantized_input = core.Primitive("stp_quantized_input")  # float32 x, also ``bit
 quantized_kernel = core.Primitive("stp_quantized_kernel")  # integers
 quantized_input.def_abstract_eval(lambda x, scale, *, layer, bits: x)
 quantized_kernel.def_abstract_eval(lambda q, scale, *, layer: q.update(dtype=scale.dtype))
+
+# Equations that only call a jaxpr; JAX's remat has had all of these names.
+_CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "checkpoint", "remat", "remat2")
 
 Lower = Callable[[Any, Sequence[Any]], Sequence[Any]]
 
@@ -51,7 +55,11 @@ def _show_operands(quantized: QuantizedLayer, promote: Callable) -> Callable:
 
 
 def trace_integers(
-    model: Any, example: Any, *, batch_norm: Callable[[str, jax.Array], None] | None = None
+    model: Any,
+    example: Any,
+    *,
+    batch_norm: Callable[[str, jax.Array], None] | None = None,
+    **kwargs: Any,
 ) -> core.ClosedJaxpr:
     """The jaxpr of an STP model's evaluation, with its quantizers shown.
 
@@ -59,11 +67,16 @@ def trace_integers(
       model: an STP model, a Linen one with its variables.
       example: its input, or a ``jax.ShapeDtypeStruct``.
       batch_norm: called with the path and the input of every BatchNorm that runs.
+      **kwargs: keyword arguments of the model's call.
 
     Raises:
-      ValueError: the model returns more than one array.
+      ValueError: the model returns more than one array, or a quantized layer is stacked or runs
+        inside a transformation of Flax.
     """
     layers = quantized_layers(model)
+    for path, layer in layers.items():
+        if layer.is_stacked:
+            raise ValueError(f"layer {path!r} is a stack of layers, which is not supported here")
 
     def operands(layer: KernelLayer, promote: Callable) -> Callable | None:
         return _show_operands(layers[layer.path], promote) if layer.path in layers else None
@@ -76,7 +89,13 @@ def trace_integers(
     shown = hooks.attach(without_quantizers(model), replaced)
     if isinstance(shown, nnx.Module):
         shown.eval()
-    closed = jax.make_jaxpr(lambda x: shown(x))(example)
+    try:
+        closed = jax.make_jaxpr(lambda x: shown(x, **kwargs))(example)
+    except (flax.errors.TraceContextError, jax.errors.TracerBoolConversionError) as error:
+        raise ValueError(
+            "the model cannot be read as one program: a layer runs inside nnx.jit, nnx.remat, scan "
+            "or the like, or a traced argument decides what runs; build it without for evaluation"
+        ) from error
     if len(closed.out_avals) != 1:
         raise ValueError(f"the model must return one array, it returns {len(closed.out_avals)}")
     return closed
@@ -85,7 +104,7 @@ def trace_integers(
 def check_calibrated(layer: QuantizedLayer) -> None:
     """Raises ValueError if the input of a layer lacks the scale that its rule asks for."""
     stored = layer.stored_input_scale
-    if stored is not None and not layer.layer.is_table and not stored:
+    if stored is not None and not layer.layer.is_table and not jnp.all(stored):
         raise ValueError(
             f"layer {layer.path!r}: its input has no scale yet; call stp_jax.calibrate"
         )
@@ -94,7 +113,7 @@ def check_calibrated(layer: QuantizedLayer) -> None:
 def _inner(eqn: Any) -> core.ClosedJaxpr | None:
     """The jaxpr of an equation that only calls one (jit, custom derivatives, remat)."""
     called = [v for v in eqn.params.values() if isinstance(v, core.ClosedJaxpr | core.Jaxpr)]
-    is_call = eqn.primitive.name in ("jit", "pjit", "closed_call", "custom_jvp_call", "checkpoint")
+    is_call = eqn.primitive.name in _CALLS
     if not (is_call or eqn.primitive.name.startswith("custom_vjp_call")) or len(called) != 1:
         return None
     inner = called[0]

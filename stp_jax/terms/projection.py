@@ -126,13 +126,26 @@ def _as_weights(w: jax.typing.ArrayLike) -> jax.Array:
     return jnp.asarray(w if wide is None or wide.itemsize < 8 else wide.astype(np.float32))
 
 
-def _check_importance(importance: jax.Array) -> None:
+def check_importance(importance: jax.Array) -> None:
+    """Raises unless weights of errors are real and, if concrete, finite and 0 or more."""
     if jnp.issubdtype(importance.dtype, jnp.complexfloating):
         raise TypeError(f"importance must be real numbers, got {importance.dtype}")
     if isinstance(importance, jax.core.Tracer):
         return
-    if not bool(((importance >= 0) & (importance < jnp.inf)).all()):
+    with jax.ensure_compile_time_eval():
+        sound = bool(((importance >= 0) & (importance < jnp.inf)).all())
+    if not sound:
         raise ValueError("importance must be finite and 0 or more everywhere")
+
+
+def check_weights(w: jax.Array) -> None:
+    """Raises ValueError if concrete weights are NaN."""
+    if isinstance(w, jax.core.Tracer):
+        return
+    with jax.ensure_compile_time_eval():  # constants of a program that is traced now, too
+        bad = int(jnp.isnan(w).sum())
+    if bad:
+        raise ValueError(f"{bad} of the {w.size} weights are NaN")
 
 
 def _check_arguments(w, group_size, axis, method, encoding, bits, limit, importance) -> int:
@@ -143,8 +156,7 @@ def _check_arguments(w, group_size, axis, method, encoding, bits, limit, importa
     check_axis(axis, w.shape)
     if jnp.issubdtype(w.dtype, jnp.complexfloating) or w.dtype == jnp.bool_:
         raise TypeError(f"weights must be real numbers, got {w.dtype}")
-    if not isinstance(w, jax.core.Tracer) and bool(jnp.isnan(w).any()):
-        raise ValueError(f"{int(jnp.isnan(w).sum())} of the {w.size} weights are NaN")
+    check_weights(w)
     if importance is not None:
         if not METHODS[method].importance:
             able = [name for name, known in METHODS.items() if known.importance]
@@ -155,7 +167,7 @@ def _check_arguments(w, group_size, axis, method, encoding, bits, limit, importa
             raise ValueError(
                 f"importance of shape {jnp.shape(importance)} does not broadcast to {w.shape}"
             )
-        _check_importance(jnp.asarray(importance))
+        check_importance(jnp.asarray(importance))
     return axis % w.ndim
 
 

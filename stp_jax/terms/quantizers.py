@@ -30,7 +30,9 @@ from stp_jax.terms.projection import (
     align_budget,
     broadcasts_to,
     check_budget,
+    check_importance,
     check_method,
+    check_weights,
     max_budget,
     project,
 )
@@ -157,10 +159,12 @@ def project_scaled(
 
     Raises:
       ValueError: a budget outside [0, fmt.max_budget] or of a shape that does not fit, or axes
-        that are not adjacent.
+        that are not adjacent; weights are NaN (concrete ones are checked, traced ones cannot be).
     """
     budget = fmt.aligned_budget(budget, w.shape, axes)
+    check_weights(w)
     if importance is not None:
+        check_importance(importance)
         importance = jnp.broadcast_to(importance, w.shape)
     return _project_scaled(w, scale, budget, importance, axes, fmt)
 
@@ -177,7 +181,9 @@ def scale_cotangent(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _quantize_weights(w, scale, budget, axes, fmt):
-    return scale * _integers(w / scale, budget, axes, fmt)
+    # The projection would make 0 of NaN, and hide that training has failed.
+    v = jnp.where(jnp.isnan(w), w, _integers(w / scale, budget, axes, fmt))
+    return scale * v
 
 
 def _quantize_weights_fwd(w, scale, budget, axes, fmt):
@@ -379,12 +385,16 @@ def search_scale(
       float32, shaped as by `max_scale`.
 
     Raises:
-      ValueError: no candidates, or slack is negative.
+      ValueError: no candidates, slack is negative, or concrete weights are NaN or importance is not
+        finite and 0 or more.
     """
     if candidates < 1:
         raise ValueError(f"candidates must be 1 or more, got {candidates}")
     if not slack >= 0.0:
         raise ValueError(f"slack must be 0 or more, got {slack}")
+    check_weights(w)
+    if importance is not None:
+        check_importance(importance)
     budget = fmt.aligned_budget(budget, w.shape, axes)
     ratios = jnp.linspace(lowest, 1.15, candidates, dtype=jnp.float32)
     if slack > 0.0:

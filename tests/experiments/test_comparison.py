@@ -262,7 +262,7 @@ def test_columns_that_say_nothing_are_left_out(comparison):
 
 def test_a_further_comparison_needs_a_known_name(capsys):
     assert results_page.main(["--further", "nonsense", "runs"]) == 2
-    assert "must be among plain, second" in capsys.readouterr().out
+    assert "must be among even, plain, second" in capsys.readouterr().out
 
 
 def test_projections_are_compared_before_retraining(tmp_path):

@@ -115,3 +115,67 @@ def test_jobs_sum_what_the_layer_sums(model):
         )
     np.testing.assert_allclose(sums * scale, expected, rtol=1e-4, atol=1e-5)
     assert jnp.abs(expected).max() > 0
+
+
+class NeedsMode(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x))
+        return nn.Dense(4)(nn.relu(x))
+
+
+def test_keyword_arguments_of_the_call_are_passed_on(tmp_path):
+    x = X.mean((1, 2))
+    quantized = stp_jax.quantize(NeedsMode(), stp_jax.Policy([stp_jax.Rule(path=".*", budget=8)]))
+    variables = quantized.init(jax.random.key(0), x, train=False)
+    model = quantized.bind(quantized.calibrate(variables, [x], train=False))
+    export.save_packed(model, tmp_path / "packed")
+    again = export.load_packed(NeedsMode(), tmp_path / "packed", x, train=False)
+    np.testing.assert_array_equal(again(x, train=False), model(x, train=False))
+    (job,) = export.layer_jobs(model, "Dense_0", x, train=False)
+    assert job.weights.shape == (8, 8)
+    pytest.importorskip("onnx")
+    export.export_onnx(model, x, tmp_path / "model.onnx", train=False)
+
+
+def test_layers_within_transformations_are_exported_or_named(tmp_path):
+    pytest.importorskip("onnx")
+
+    class Remat(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.remat(nn.Dense)(8)(x)
+
+    class Body(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.relu(nn.Dense(8)(x)), None
+
+    class Scan(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            scan = nn.scan(Body, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+            return scan()(x, None)[0]
+
+    x = X.mean((1, 2))
+    for module in (Remat(), Scan()):
+        quantized = stp_jax.quantize(module, stp_jax.Policy([stp_jax.Rule(path=".*", budget=8)]))
+        model = quantized.bind(quantized.calibrate(quantized.init(jax.random.key(0), x), [x]))
+        if isinstance(module, Remat):
+            export.export_onnx(model, x, tmp_path / "model.onnx")
+        else:
+            with pytest.raises(ValueError, match="a stack of layers"):
+                export.export_onnx(model, x, tmp_path / "model.onnx")
+
+    class Jitted(nnx.Module):
+        def __init__(self):
+            self.layer = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+
+        @nnx.jit
+        def __call__(self, x):
+            return self.layer(x)
+
+    model = stp_jax.quantize(Jitted(), stp_jax.Policy([stp_jax.Rule(path=".*", budget=8)]))
+    stp_jax.calibrate(model, [x])
+    with pytest.raises(ValueError, match=r"inside nnx\.jit, nnx\.remat"):
+        export.export_onnx(model, x, tmp_path / "model.onnx")

@@ -7,8 +7,15 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
+import stp_jax
 from stp_jax import models
-from stp_jax.export import is_variables, load_variables, save_variables
+from stp_jax.export import (
+    is_variables,
+    load_packed,
+    load_variables,
+    save_packed,
+    save_variables,
+)
 
 
 def resnet(seed, **options):
@@ -91,3 +98,22 @@ def test_other_files_are_refused(content, message, tmp_path):
     assert not is_variables(path)
     with pytest.raises(ValueError, match=message):
         load_variables(resnet(0), path)
+
+
+def test_arrays_that_are_no_variables_belong_to_the_code(tmp_path):
+    class Shifted(nnx.Module):
+        def __init__(self, seed):
+            self.mean = jnp.linspace(0, 1, 8)[None]
+            self.head = nnx.Linear(8, 2, rngs=nnx.Rngs(seed))
+
+        def __call__(self, x):
+            return self.head(x - self.mean)
+
+    x, model = jnp.ones((1, 8)), Shifted(0)
+    save_variables(model, tmp_path / "float.safetensors")
+    again = load_variables(Shifted(1), tmp_path / "float.safetensors")
+    np.testing.assert_array_equal(again(x), model(x))
+    stp = stp_jax.quantize(model, stp_jax.Policy([stp_jax.Rule(path=".*", budget=6)]))
+    stp_jax.calibrate(stp, [x])
+    save_packed(stp, tmp_path / "stp.safetensors")
+    np.testing.assert_array_equal(load_packed(Shifted(1), tmp_path / "stp.safetensors")(x), stp(x))

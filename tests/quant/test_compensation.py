@@ -29,6 +29,7 @@ LAYERS = {
     ),
     "conv, ragged groups": (lambda r: nnx.Conv(11, 6, (3, 3), rngs=r), (20, 6, 6, 11)),
     "conv in 1-D": (lambda r: nnx.Conv(8, 6, (5,), rngs=r), (40, 12, 8)),
+    "conv of one channel": (lambda r: nnx.Conv(1, 6, (4, 4), rngs=r), (40, 9, 9, 1)),
 }
 
 
@@ -57,6 +58,8 @@ def test_the_ratio_is_the_one_of_the_layers_outputs(name):
     scale = stp_jax.quantized_layers(stp)["layers.0"].scale
     np.testing.assert_allclose(scale * jnp.asarray(integers, scale.dtype), kernel, rtol=1e-6)
     groups = np.asarray(count(integers))
+    if shape[-1] == 1:  # groups lie along the window
+        groups = groups.reshape(-1, groups.shape[-1])
     groups = np.moveaxis(groups, -2, -1)
     groups = np.pad(groups, [(0, 0)] * (groups.ndim - 1) + [(0, -groups.shape[-1] % 8)])
     assert groups.reshape(-1, 8).sum(axis=1).max() <= 6
@@ -84,5 +87,34 @@ def test_wrong_calls_are_refused_and_change_nothing():
         stp_jax.compensate(stp, [jnp.ones((2, 8))], {"fc": 4})
     assert stp_jax.budgets(stp) == {"layers.0": 6}
     depthwise = nnx.Sequential(nnx.Conv(8, 8, (3,), feature_group_count=8, rngs=nnx.Rngs(0)))
+    for batch, message in (
+        (jnp.full((2, 8), jnp.nan), "batch 0 has 16 values that are NaN"),
+        (jnp.zeros((0, 8)), "batch 0 is empty"),
+    ):
+        for verb in (stp_jax.compensate, stp_jax.reconstruct):
+            with pytest.raises(ValueError, match=message):
+                verb(stp, [batch], {"layers.0": 4})
+        with pytest.raises(ValueError, match=message):
+            stp_jax.correct_bias(stp, [batch])
+        with pytest.raises(ValueError, match=message):
+            stp_jax.output_divergences(stp, [batch], 4)
+    assert stp_jax.budgets(stp) == {"layers.0": 6}
+    largest = stp_jax.Policy([stp_jax.Rule(path=".*", budget=6, weight_scale="max")])
+    with pytest.raises(ValueError, match="weight_scale='max' follows from the kernel"):
+        stp_jax.compensate(stp_jax.quantize(model, largest), [jnp.ones((2, 8))], {"layers.0": 4})
     with pytest.raises(ValueError, match="no quantized layer is dense"):
         stp_jax.compensate(stp_jax.quantize(depthwise, POLICY), [jnp.ones((2, 8, 8))], {})
+
+
+def test_layers_that_share_a_kernel_are_refused(tmp_path):
+    model = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 8, rngs=nnx.Rngs(1)))
+    model.layers[1].kernel = model.layers[0].kernel
+    stp = stp_jax.quantize(model, POLICY)
+    stp(jnp.ones((2, 8)))
+    for verb in (
+        lambda: stp_jax.compensate(stp, [jnp.ones((2, 8))], stp_jax.budgets(stp)),
+        lambda: stp_jax.reconstruct(stp, [jnp.ones((2, 8))], stp_jax.budgets(stp)),
+        lambda: stp_jax.export.save_packed(stp, tmp_path / "tied.safetensors"),
+    ):
+        with pytest.raises(ValueError, match=r"'layers.0' and 'layers.1' share one kernel"):
+            verb()

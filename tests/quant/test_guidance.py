@@ -108,3 +108,11 @@ def test_mistakes_are_named(model):
     layer = stp_jax.quantize(nnx.Linear(16, 6, rngs=nnx.Rngs(0)), Policy([greedy]))
     with pytest.raises(ValueError, match="greedy takes no importance"):
         stp_jax.guidance(layer, 0.1, temperature=1.0)
+
+
+def test_a_part_of_the_parameters_is_refused(model):
+    for transform in (stp_jax.guidance(model, 0.1), stp_jax.damping(model, 0.1)):
+        tx = optax.masked(transform, lambda params: jax.tree.map(lambda p: p.ndim > 1, params))
+        params = nnx.state(model, nnx.Param)
+        with pytest.raises(ValueError, match="targets need all 2 parameters of the model, got 1"):
+            tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)

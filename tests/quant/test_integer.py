@@ -101,3 +101,24 @@ def test_attention_computes_in_integers(arithmetic):
     integer = stp_jax.integer_model(model, arithmetic=arithmetic)
     assert integer.query.kernel[...].dtype == jnp.int8
     np.testing.assert_allclose(integer(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_sums_that_int32_may_not_hold_are_refused():
+    x = jnp.ones((2, 512))
+    for bits, fits in ((8, True), (14, False)):
+        model = nnx.Linear(512, 4, kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+        model = stp_jax.quantize(model, Policy([Rule(path=".*", bits=bits, activation_bits=bits)]))
+        stp_jax.calibrate(model, [x])
+        if fits:
+            np.testing.assert_allclose(stp_jax.integer_model(model)(x), model(x), rtol=1e-5)
+        else:
+            with pytest.raises(ValueError, match=r"layer '': sums of 14-bit weights .* int32"):
+                stp_jax.integer_model(model)
+
+
+def test_masked_kernels_have_no_integers_of_their_own():
+    conv = nnx.Conv(8, 4, (2, 2), mask=jnp.ones((2, 2, 8, 4)), rngs=nnx.Rngs(0))
+    model = stp_jax.quantize(nnx.Sequential(conv), Policy([Rule(path=".*", budget=6)]))
+    stp_jax.calibrate(model, [X])
+    with pytest.raises(ValueError, match=r"layer 'layers.0': integer Conv is not supported"):
+        stp_jax.integer_model(model)

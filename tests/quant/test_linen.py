@@ -416,3 +416,21 @@ def test_mistakes_are_named():
     assert model.budgets({"params": variables["params"]}) == {"": 4}  # the rule's, as by apply
     with pytest.raises(ValueError, match="unbound"):
         stp_jax.quantize(nn.Dense(4).bind({}), Policy([Rule(path=".*")]))
+
+
+def test_binding_with_an_input_finds_layers_that_another_method_left_out():
+    class Coder(nn.Module):
+        def setup(self):
+            self.encoder, self.decoder = nn.Dense(4), nn.Dense(8)
+
+        def encode(self, x):
+            return self.encoder(x)
+
+        def __call__(self, x):
+            return self.decoder(self.encode(x))
+
+    x = X[..., :8]
+    variables = init(quantize(Coder(), budget=8), x)
+    again = quantize(Coder(), budget=8)
+    again.apply(variables, x, method="encode")
+    assert set(stp_jax.budgets(again.bind(variables, x))) == {"encoder", "decoder"}

@@ -437,3 +437,34 @@ def test_guidance_needs_no_change_of_the_train_step():
     np.testing.assert_allclose(model.kernel[...], goal, rtol=1e-6)
     with pytest.raises(ValueError, match="no quantized layer at fc"):
         stp_jax.guidance(model, 0.1, budgets={"fc": 2})
+
+
+def test_a_batch_of_zeros_says_nothing_of_the_inputs():
+    x = 0.02 * jax.random.normal(jax.random.key(3), (16, 64))
+    scales = []
+    for batches in ([x], [x, jnp.zeros_like(x)], [jnp.zeros_like(x)]):
+        model = stp_jax.quantize(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), policy())
+        stp_jax.calibrate(model, batches)
+        scales.append(float(model.promote_dtype.activation_scale[...].squeeze()))
+    assert 0 < scales[0] == scales[1] and scales[2] == 0
+
+
+def test_kernels_that_begin_with_zeros_can_leave_them():
+    zeros = nnx.initializers.zeros
+    x = jax.random.normal(jax.random.key(3), (64, 64))
+    losses = []
+    for quantized in (False, True):
+        model = nnx.Linear(64, 4, kernel_init=zeros, rngs=nnx.Rngs(0))
+        model = stp_jax.quantize(model, policy(weight_scale="learned")) if quantized else model
+        optimizer = nnx.Optimizer(model, optax.sgd(0.2), wrt=nnx.Param)
+
+        @nnx.jit
+        def step(model, optimizer):
+            loss, grads = nnx.value_and_grad(
+                lambda model: jnp.mean((model(x) - jnp.tanh(x[:, :4])) ** 2)
+            )(model)
+            optimizer.update(model, grads)
+            return loss
+
+        losses.append([float(step(model, optimizer)) for _ in range(20)][-1])
+    assert losses[1] < 1.1 * losses[0]

@@ -226,3 +226,19 @@ def test_relaxed_budgets_lie_between_whole_ones():
     # Straight through to the weights, as at whole budgets.
     through = jax.grad(lambda w: jnp.sum(cotangent * relaxed(5.5, w)))(w)
     np.testing.assert_allclose(through, cotangent, rtol=1e-6)
+
+
+def test_nan_weights_are_never_hidden():
+    """A traced weight cannot be checked, and a model that has diverged must not look sound."""
+    w = W.at[0, 1, 2].set(jnp.nan)
+    q = jax.jit(lambda w: quantize_weights(w, SCALE, 6, axes=(1,), fmt=FORMAT))(w)
+    np.testing.assert_array_equal(jnp.isnan(q), jnp.isnan(w))
+    with pytest.raises(ValueError, match="1 of the 120 weights are NaN"):
+        project_scaled(w, SCALE, 6, axes=(1,), fmt=FORMAT)
+    with pytest.raises(ValueError, match="1 of the 120 weights are NaN"):
+        search_scale(w, 6, axes=(1,), scale_axes=(0, 1), fmt=FORMAT)
+    for importance in (-1.0, np.inf):
+        with pytest.raises(ValueError, match="importance must be finite and 0 or more"):
+            search_scale(
+                W, 6, axes=(1,), scale_axes=(0, 1), fmt=FORMAT, importance=jnp.full((), importance)
+            )

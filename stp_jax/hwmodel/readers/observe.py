@@ -19,7 +19,7 @@ from stp_jax.hwmodel.network import Layer
 from stp_jax.hwmodel.readers import products
 from stp_jax.hwmodel.readers.products import Shape
 
-ROOT = "model"  # the name of a layer that is the whole model
+ROOT = "(model)"  # the name of a layer that is the whole model; no attribute is called so
 Describe = Callable[[Shape, Shape, Shape], Layer]  # from the shapes of operands and result
 
 

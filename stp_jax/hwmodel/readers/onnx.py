@@ -276,7 +276,10 @@ def _product(name: str, node: Any, values: Values) -> list[Layer]:
             return [matmul(name, rows, reduction, columns)]
         return [dense(name, reduction, columns, rows=rows)]
     rows = lhs[-2] if len(lhs) > 1 else 1
-    return [matmul(name, rows, reduction, columns, products=math.prod(out) // (rows * columns))]
+    products = math.prod(out) // (rows * columns)
+    if first_is_constant and not is_constant:  # again W x, for each product
+        rows, columns = columns, rows
+    return [matmul(name, rows, reduction, columns, products=products)]
 
 
 def _gemm(name: str, node: Any, values: Values) -> list[Layer]:

@@ -202,7 +202,7 @@ def test_a_transposed_convolution_multiplies_every_input_pixel_by_its_kernel(
 def test_a_transposed_convolution_of_stride_1_is_a_convolution():
     model = nnx.ConvTranspose(3, 4, (3, 3), rngs=nnx.Rngs(0))
     (layer,) = hwmodel.trace(model, jnp.zeros((1, 8, 8, 3)))
-    assert (layer.name, layer.kind) == ("model", "conv")
+    assert (layer.name, layer.kind) == ("(model)", "conv")
     assert layer.macs == 8 * 8 * 9 * 3 * 4
 
 

@@ -22,8 +22,8 @@ def test_attention_of_any_module_contributes_its_two_products():
     network = hwmodel.trace(Attention(nnx.Rngs(0)), jnp.zeros((3, 5, 8)))
     assert extents(network) == {
         "qkv": (8, 15, 24, 1),
-        "model.scores": (4, 5, 5, 6),
-        "model.context": (5, 5, 4, 6),
+        "(model).scores": (4, 5, 5, 6),
+        "(model).context": (5, 5, 4, 6),
     }
 
 
@@ -67,9 +67,9 @@ class SelfAttention(linen.MultiHeadDotProductAttention):
 
 def test_attention_counts_once_where_a_method_calls_its_parents():
     network = hwmodel.trace(SelfAttention(4), jnp.zeros((2, 6, 8)))
-    assert network.names == ("query", "key", "value", "model.scores", "model.context", "out")
+    assert network.names == ("query", "key", "value", "(model).scores", "(model).context", "out")
 
 
 def test_batched_weights_are_products_of_their_own():
     layer = linen.DenseGeneral(3, batch_dims=(0,))
-    assert extents(hwmodel.trace(layer, jnp.zeros((4, 5, 6)))) == {"model": (6, 5, 3, 4)}
+    assert extents(hwmodel.trace(layer, jnp.zeros((4, 5, 6)))) == {"(model)": (6, 5, 3, 4)}

@@ -185,6 +185,12 @@ def test_einsums_of_two_operands(tmp_path, equation, inputs, expected):
     assert described(path) == expected
 
 
+def test_weights_may_stand_first_in_a_product_of_matrices(tmp_path):
+    node = helper.make_node("MatMul", ["w", "x"], ["y"], "e")
+    path = write(tmp_path, [node], {"x": (4, 8, 6)}, (4, 16, 6), [tensor("w", 4, 16, 8)])
+    assert described(path) == ("matmul", 8, 6, 16, 4)
+
+
 def test_an_einsum_of_three_operands_is_refused_by_name(tmp_path):
     node = helper.make_node("Einsum", ["x", "w", "w"], ["y"], "e", equation="ik,kj,kj->ij")
     path = write(tmp_path, [node], {"x": (5, 6)}, (5, 7), [tensor("w", 6, 7)])

@@ -76,7 +76,7 @@ def test_recorded_products_are_those_of_attention():
     model, x = Attention(nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (3, 5, 8))
     network = hwmodel.trace(model, x)
     activations, weights = hwmodel.record_operands(model, x)
-    assert set(weights) == {"model.scores", "model.context"}
+    assert set(weights) == {"(model).scores", "(model).context"}
     scores, context = network.layers[1:]
     heads = np.moveaxis(np.asarray(model.qkv(x)).reshape(3, 5, 3, 2, 4), 2, 0)
     query, key, value = heads.swapaxes(2, 3).reshape(3, 6, 5, 4)  # products first
@@ -132,7 +132,7 @@ def test_linen_and_nnx_layers_record_alike():
     theirs = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     variables = {"params": {"kernel": theirs.kernel[...], "bias": theirs.bias[...]}}
     ours = hwmodel.record_activations(linen.Dense(3).bind(variables), x)
-    np.testing.assert_array_equal(ours["model"], hwmodel.record_activations(theirs, x)["model"])
+    np.testing.assert_array_equal(ours["(model)"], hwmodel.record_activations(theirs, x)["(model)"])
 
 
 def test_a_model_without_parameters_cannot_be_recorded():
