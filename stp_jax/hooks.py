@@ -88,6 +88,8 @@ class KernelLayer:
     out_features: tuple[int, ...] = (-1,)  # shape of the output's last axes; -1: the last axis
     kernel_rank: int | None = None  # axes that the layer reads; None where the call decides
     equation: str | None = None  # of an einsum
+    # By which the layer multiplies its kernel, as convolutions may.
+    mask: Any = dataclasses.field(default=None, compare=False, repr=False)
     # The Flax layer: an attribute of the model (NNX), or the copy that runs (Linen).
     module: Any = dataclasses.field(default=None, compare=False, repr=False)
 
@@ -102,10 +104,13 @@ class KernelLayer:
 
         Its output ends in the axes of `out_features`. A masked kernel is not as it is stored.
         """
-        other = ("dot_general_cls", "mask")
-        if any(getattr(self.module, name, None) is not None for name in other):
-            return False
-        return self.kind in ("conv", "dense", "general") and not self.batch_axes
+        custom = getattr(self.module, "dot_general_cls", None) is not None
+        plain = self.kind in ("conv", "dense", "general") and not self.batch_axes
+        return plain and not custom and self.mask is None
+
+    def masked(self, kernel: jax.Array) -> jax.Array:
+        """The kernel as the layer computes with it."""
+        return kernel if self.mask is None else kernel * jnp.asarray(self.mask, kernel.dtype)
 
 
 def _kind_of(module: object, kinds: Mapping[type, Kind]) -> Kind | None:
@@ -165,6 +170,7 @@ def _describe(path: str, kind: Kind, module: Any, **facts: Any) -> KernelLayer:
         type_name=type(module).__name__,
         kernel_name="embedding" if kind == "embed" else "kernel",
         product=product if product and hasattr(module, product) else None,
+        mask=getattr(module, "mask", None),
         module=module,
         **facts,
     )

@@ -165,8 +165,9 @@ def check_layer(layer: QuantizedLayer) -> None:
     """Raises ValueError unless a layer can compute in integers; the message names it."""
     path, rule = layer.path, layer.rule
     if not layer.layer.has_plain_product:
+        kind = layer.layer.type_name + ("" if layer.layer.mask is None else " with a mask")
         raise ValueError(
-            f"layer {path!r}: integer {layer.layer.type_name} is not supported; keep it float with "
+            f"layer {path!r}: integer {kind} is not supported; keep it float with "
             f"Rule(path={re.escape(path)!r}, keep_float=True) before the other rules"
         )
     if not rule.stores_input_scale:

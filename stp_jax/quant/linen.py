@@ -133,7 +133,9 @@ class _Quantizer:
 
     def _format(self, kernel: jax.Array) -> LayerFormat:
         format = LayerFormat(self.rule, kernel_axes(self.layer, kernel.shape))
-        layer = dataclasses.replace(self.layer, module=None)
+        # What is kept must not hold on to the present trace, in which a mask may have been made.
+        mask = None if isinstance(self.layer.mask, jax.core.Tracer) else self.layer.mask
+        layer = dataclasses.replace(self.layer, module=None, mask=mask)
         self.run.traced.layers[layer.path] = _Found(layer, format, kernel.shape)
         return format
 
@@ -453,7 +455,7 @@ class LinenLayer(QuantizedLayer):
         kernel = self._get("params", self.layer.kernel_name)
         if kernel is None:
             raise ValueError(f"layer {self.path!r}: the variables hold no kernel")
-        return kernel
+        return self.layer.masked(kernel)
 
     @kernel.setter
     def kernel(self, value: jax.Array) -> None:

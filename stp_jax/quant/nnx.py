@@ -136,7 +136,7 @@ class NNXLayer(QuantizedLayer):
     @property
     def kernel(self) -> jax.Array:
         """The float kernel, before quantization."""
-        return self._variable[...]
+        return self.layer.masked(self._variable[...])
 
     @kernel.setter
     def kernel(self, value: jax.Array) -> None:
