@@ -87,8 +87,8 @@ class Config:
     # allocated budgets take as much of allocate_for as this many terms in every weight would
     terms_per_weight: float = 0.75
     allocate_for: Resource = "energy"  # the resource that is distributed (`stp_jax.term_costs`)
-    budgets_by: Literal["layer", "filter"] = "filter"  # one allocated budget per layer or filter
-    budget_step: int = 1  # allocated budgets are multiples of it: the terms a PE takes in a cycle
+    budgets_by: Literal["layer", "filter"] = "filter"  # what has a budget of its own
+    budget_step: int = 1  # allocated budgets are multiples of it: PEs' lanes
     # how errors weigh: outputs, by the measured effect of each layer's error on the model's outputs
     # (no labels); none, all alike; gradients, by the squared gradient of each weight
     error_weighting: Literal["outputs", "none", "gradients"] = "outputs"

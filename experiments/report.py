@@ -191,7 +191,7 @@ def write_results(context: Context, outcome: Outcome, name: str) -> dict[str, An
         # The simple PEs of the package's Verilog; then the strongest pair that was measured.
         "by_gates": _by_gates(evaluate, 1, hwmodel.BitParallel()),
         "by_gates_strongest": _by_gates(evaluate, _STRONG_LANES, _STRONG_INT8),
-        "budgetedlayers_by_gates": layers_by_gates(cost, outcome.model, config),
+        "budgeted_layers_by_gates": layers_by_gates(cost, outcome.model, config),
         # By the table of arithmetic energies.
         "computational_energy_saving": cost.saving,
         "computational_energy_saving_with_encoder": cost.saving_with_encoder,
@@ -212,7 +212,7 @@ def best_pe_in_layers(results: Mapping[str, Any], *, on_group_pes: bool) -> dict
 
     None where none was measured, or results are of a version that did not ask.
     """
-    pes = results.get("budgetedlayers_by_gates", {}).get("pes", {})
+    pes = results.get("budgeted_layers_by_gates", {}).get("pes", {})
     able = [pe for name, pe in pes.items() if name.startswith("group_pe") == on_group_pes]
     return max(able, key=lambda pe: pe["saving"], default=None)
 
@@ -225,7 +225,7 @@ def _savings(results: dict[str, Any]) -> dict[str, tuple[float, float]]:
         if (priced := results.get(key)) is not None
     }
     if best := best_pe_in_layers(results, on_group_pes=True):
-        technology = results["budgetedlayers_by_gates"]["technology"]
+        technology = results["budgeted_layers_by_gates"]["technology"]
         savings = (best["saving"], best["saving_with_encoder"])
         found[f"{technology}, layers with budgets alone"] = savings
     table = f"{results['accelerator']['technology']} by the table"

@@ -244,7 +244,7 @@ def test_the_documentation_shows_the_stored_results():
 def test_a_further_comparison_has_a_section_of_its_own(comparison):
     results, title = comparison[2], "## Reconstruction first"
     assert "(comparisons.md)" not in page(results)
-    assert "reconstruction first" in page(results, further=["second"])
+    assert "- Reconstruction first" in page(results, further=["second"])
     rows = [
         {**row, "steps": 7654, "test": 12.34, "saving_in_layers": 5.67} for row in results["rows"]
     ]
