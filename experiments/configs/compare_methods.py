@@ -23,6 +23,8 @@ from stp_jax.terms import max_budget
 CONFIG = ComparisonConfig()
 
 _OURS = "terms_per_weight={terms} allocate_for=energy"
+_FOUR_BITS = "weight_bits=4 scale_slack=0.03"  # scales that leave room to grow
+_EVEN = "budget_step=2"  # for PEs of two lanes, which run even budgets without idle slots
 
 METHODS: dict[str, Method] = {
     # The float model and its int8 version, trained on by the recipe of all others.
@@ -73,25 +75,21 @@ METHODS: dict[str, Method] = {
         reference="filter",
     ),
     "filter": Method(title="STP, budgets by filter", kind="ours", settings=_OURS),
-    # Weights of half the bits, for narrower group PEs; their scales leave room to grow.
+    # Weights of half the bits, for narrower group PEs.
     "filter-4": Method(
         title="STP, budgets by filter, weights of 4 bits",
         kind="ours",
-        settings=f"{_OURS} weight_bits=4 scale_slack=0.03",
+        settings=f"{_OURS} {_FOUR_BITS}",
         reference="filter",
     ),
-    # For PEs of two lanes, which run even budgets without idle slots.
-    **{
-        f"{name}-even": Method(
-            title=f"STP, even budgets by filter{weights}",
-            kind="ours",
-            settings=f"{_OURS} budget_step=2{settings}",
-        )
-        for name, weights, settings in (
-            ("filter", "", ""),
-            ("filter-4", ", weights of 4 bits", " weight_bits=4 scale_slack=0.03"),
-        )
-    },
+    "filter-even": Method(
+        title="STP, even budgets by filter", kind="ours", settings=f"{_OURS} {_EVEN}"
+    ),
+    "filter-4-even": Method(
+        title="STP, even budgets by filter, weights of 4 bits",
+        kind="ours",
+        settings=f"{_OURS} {_EVEN} {_FOUR_BITS}",
+    ),
     "layer": Method(
         title="STP, budgets by layer",
         kind="ours",

@@ -180,13 +180,14 @@ def save_packed(model: Any, path: str | Path) -> None:
       ValueError: the model has no quantized layer, or a stack of them, or two layers share a
         kernel.
     """
-    check_own_kernels(quantized_layers(model), "save_packed")
-    for layer_path, quantized in quantized_layers(model).items():
+    layers = quantized_layers(model)
+    check_own_kernels(layers, "save_packed")
+    for layer_path, quantized in layers.items():
         if quantized.is_stacked:
             raise ValueError(f"layer {layer_path!r} is a stack of layers, which the format lacks")
     integers = integer_weights(model)
     tensors, entries = _float_values(model), {}
-    for layer_path, quantized in quantized_layers(model).items():
+    for layer_path, quantized in layers.items():
         of_layer, entries[layer_path] = _layer_tensors(layer_path, quantized, integers[layer_path])
         tensors |= of_layer
     by_filter = any(isinstance(entry["budget"], list) for entry in entries.values())

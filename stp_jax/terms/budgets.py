@@ -123,21 +123,21 @@ def allocate_budgets(
     [2, 1]
     """
     _check(curves, costs, total, minimum, step)
-    rows = {name: np.atleast_2d(np.asarray(curve)) for name, curve in curves.items()}
-    prices = {
-        name: step
-        * (
-            np.full(len(row), float(costs[name]) / len(row))
-            if np.ndim(costs[name]) == 0
-            else np.asarray(costs[name], np.float64)
-        )
+    choices = {name: _multiples(step, np.shape(curve)[-1] - 1) for name, curve in curves.items()}
+    rows = {
+        name: np.atleast_2d(np.asarray(curve))[:, choices[name]] for name, curve in curves.items()
+    }
+    by_term = {
+        name: np.full(len(row), float(costs[name]) / len(row))
+        if np.ndim(costs[name]) == 0
+        else np.asarray(costs[name], np.float64)
         for name, row in rows.items()
     }
+    prices = {name: step * price for name, price in by_term.items()}
     first = -(-minimum // step)  # steps that every curve takes
-    choices = {name: _multiples(step, row.shape[1] - 1) for name, row in rows.items()}
     gains: list[np.ndarray] = []
     for name, row in rows.items():
-        rest = row[:, choices[name][first:]]
+        rest = row[:, first:]
         gains += list((rest[:, :-1] - rest[:, 1:]).astype(np.float64) / prices[name][:, None])
     left = total - sum(first * float(price.sum()) for price in prices.values())
     every = np.concatenate([np.zeros(0), *prices.values()])
