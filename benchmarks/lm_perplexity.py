@@ -13,6 +13,7 @@ Qwix comes with the ``dev`` extra.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable, Mapping
@@ -202,8 +203,13 @@ def main() -> None:
         found |= compare(ways, reference, tokens, arguments.seed)
     if arguments.out:
         versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "qwix")}
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()}
+        settings = {k: v for k, v in vars(arguments).items() if not isinstance(v, Path)}
+        weights = {
+            "file": arguments.model.name,
+            "sha256": hashlib.sha256(arguments.model.read_bytes()).hexdigest(),
+        }
         content = {
+            "weights": weights,
             "settings": settings,
             "versions": versions,
             "float": {"perplexity": float(np.exp(reference.mean())), "tokens": int(tokens.size)},

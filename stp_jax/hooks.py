@@ -61,6 +61,7 @@ _DEFAULT_PRODUCTS: dict[str, Callable] = {
     "dot_general": jax.lax.dot_general,
     "einsum_op": jnp.einsum,
 }
+_KERNEL_NORMS = (nnx.WeightNorm, nnx.SpectralNorm, nn.WeightNorm, nn.SpectralNorm)
 _LSTM_GATES = tuple(side + gate for side in "ih" for gate in "ifgo")
 
 # `nn.jit` keeps traces by module, arguments and JAX's contexts, and knows nothing of interceptors:
@@ -88,6 +89,7 @@ class KernelLayer:
     out_features: tuple[int, ...] = (-1,)  # shape of the output's last axes; -1: the last axis
     kernel_rank: int | None = None  # axes that the layer reads; None where the call decides
     equation: str | None = None  # of an einsum
+    kernel_norm: str | None = None  # class of a module around it that changes the kernel it reads
     # By which the layer multiplies its kernel, as convolutions may.
     mask: Any = dataclasses.field(default=None, compare=False, repr=False)
     # The Flax layer: an attribute of the model (NNX), or the copy that runs (Linen).
@@ -185,8 +187,19 @@ def kernel_layers(model: nnx.Module) -> dict[str, KernelLayer]:
 
     Linen layers are known when they run: see `Hooks`.
     """
-    found = (_describe_nnx(_dotted(path), module) for path, module in nnx.iter_modules(model))
-    return {layer.path: layer for layer in sorted(filter(None, found), key=lambda la: la.path)}
+    modules = list(nnx.iter_modules(model))
+    norms = {path: type(module).__name__ for path, module in modules if _is_kernel_norm(module)}
+    layers = []
+    for path, module in modules:
+        layer = _describe_nnx(_dotted(path), module)
+        if layer is not None:
+            around = (norms[path[:n]] for n in range(len(path)) if path[:n] in norms)
+            layers.append(dataclasses.replace(layer, kernel_norm=next(around, None)))
+    return {layer.path: layer for layer in sorted(layers, key=lambda layer: layer.path)}
+
+
+def _is_kernel_norm(module: object) -> bool:
+    return isinstance(module, _KERNEL_NORMS)
 
 
 # --- Hooks ----------------------------------------------------------------------------------------
@@ -422,11 +435,19 @@ def _normalised_by_batch(norm: nn.BatchNorm, args: tuple, kwargs: dict) -> tuple
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Interceptor:
     hooks: tuple[Hooks, ...]
+    # Classes of the modules that run at present and change the kernels of those that they call.
+    kernel_norms: list[str] = dataclasses.field(default_factory=list)
 
     def __call__(self, call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         module = context.module
         if module.scope is None or context.method_name == "setup":
             return call(*args, **kwargs)
+        if _is_kernel_norm(module) and context.method_name == "__call__":
+            self.kernel_norms.append(type(module).__name__)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self.kernel_norms.pop()
         path = _dotted(module.path)
         if isinstance(module, nn.OptimizedLSTMCell) and context.method_name == "__call__":
             call = self._plain_lstm(path, module, call)
@@ -436,6 +457,8 @@ class _Interceptor:
             if any(hooks.batch_statistics for hooks in self.hooks):
                 args, kwargs = _normalised_by_batch(module, args, kwargs)
         layer = _describe_linen(path, module, args, kwargs)
+        if layer is not None and self.kernel_norms:
+            layer = dataclasses.replace(layer, kernel_norm=self.kernel_norms[-1])
         with contextlib.ExitStack() as stack:
             for name, new in self._replacements(path, module, layer):
                 stack.enter_context(_changed(module, name, new))

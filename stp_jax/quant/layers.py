@@ -94,8 +94,8 @@ def kernel_axes(layer: KernelLayer, shape: tuple[int, ...]) -> KernelAxes:
       shape: of the kernel as the layer reads it.
 
     Raises:
-      ValueError: the kernel has no fixed reduction axis, or more axes than the layer reads; the
-        message names the layer.
+      ValueError: the kernel has no fixed reduction axis or more axes than the layer reads, or
+        another module changes it before the layer reads it; the message names the layer.
     """
     try:
         return _kernel_axes(layer, shape)
@@ -104,6 +104,12 @@ def kernel_axes(layer: KernelLayer, shape: tuple[int, ...]) -> KernelAxes:
 
 
 def _kernel_axes(layer: KernelLayer, shape: tuple[int, ...]) -> KernelAxes:
+    if layer.kernel_norm is not None:
+        raise ValueError(
+            f"{layer.kernel_norm} changes its kernel at each call, so integers of the stored "
+            "kernel are not those in use; once it is trained, give a plain layer the changed "
+            "kernel, or keep it float"
+        )
     if layer.kind == "einsum" and layer.equation is None:
         raise ValueError(
             "an Einsum layer without einsum_str has no fixed reduction axis to group along; "

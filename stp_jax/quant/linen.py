@@ -95,6 +95,12 @@ class _Quantizers:
         rule = self.policy.find(layer.path)
         if rule is None or (layer.is_table and not rule.embeddings):
             return None
+        dotted = [name for name in layer.module.path if "." in name]
+        if dotted:
+            raise ValueError(
+                f"layer {layer.path!r}: dots join the names of modules to paths, so the name "
+                f"{dotted[0]!r} may hold none; rename it, or keep the layer float"
+            )
         return _Quantizer(self, layer, rule, promote)
 
     @property

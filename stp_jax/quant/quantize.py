@@ -39,8 +39,8 @@ def quantize(model: Any, policy: Policy) -> Any:
     Raises:
       UnmatchedRuleError: a rule decides no layer; the message lists near misses. Linen layers are
         known when the model is initialised, so it is raised there.
-      ValueError: a layer that a rule names has no reduction axis to group along, or the model is
-        quantized already.
+      ValueError: a layer that a rule names has no reduction axis to group along or lies in a
+        WeightNorm or SpectralNorm, or the model is quantized already.
       TypeError: the model is no Flax module, or the policy no Policy.
     """
     if not isinstance(policy, Policy):

@@ -393,12 +393,20 @@ def test_equal_models_are_equal_and_hashable():
         _ = a.lazy_init  # would run the float module
 
 
+class Dotted(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4, name="dense.0")(x)
+
+
 def test_mistakes_are_named():
     x = X[0, 0]
     with pytest.raises(UnmatchedRuleError, match="near misses: block"):
         stp_jax.quantize(Stack(), Policy([Rule(path="blok.Dense_0")])).init(KEY, x)
     with pytest.raises(ValueError, match="adjacent"):
         quantize(nn.Einsum((2, 3, 8), "nac,adc->nd")).init(KEY, X[0, :, :2])
+    with pytest.raises(ValueError, match=r"the name 'dense\.0' may hold none"):
+        quantize(Dotted()).init(KEY, x)
     model = quantize(nn.Dense(4), budget=4, weight_scale="max")
     with pytest.raises(ValueError, match="eval_shape"):
         model.project_params({"params": {}})
@@ -434,3 +442,18 @@ def test_binding_with_an_input_finds_layers_that_another_method_left_out():
     again = quantize(Coder(), budget=8)
     again.apply(variables, x, method="encode")
     assert set(stp_jax.budgets(again.bind(variables, x))) == {"encoder", "decoder"}
+
+
+@pytest.mark.parametrize("norm", [nn.WeightNorm, nn.SpectralNorm])
+def test_kernels_that_a_norm_changes_are_refused_unless_kept_float(norm):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            options = {"update_stats": False} if norm is nn.SpectralNorm else {}
+            return nn.Dense(2, name="after")(norm(nn.Dense(4, name="inside"))(x, **options))
+
+    x = X[0, 0]
+    with pytest.raises(ValueError, match=rf"layer 'inside': {norm.__name__} changes its kernel"):
+        init(quantize(Model()), x)
+    kept = stp_jax.quantize(Model(), Policy([Rule(path="after", budget=4)]))
+    assert list(stp_jax.budgets(kept.bind(init(kept, x)))) == ["after"]

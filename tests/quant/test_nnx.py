@@ -468,3 +468,13 @@ def test_kernels_that_begin_with_zeros_can_leave_them():
 
         losses.append([float(step(model, optimizer)) for _ in range(20)][-1])
     assert losses[1] < 1.1 * losses[0]
+
+
+@pytest.mark.parametrize("norm", [nnx.WeightNorm, nnx.SpectralNorm])
+def test_kernels_that_a_norm_changes_are_refused_unless_kept_float(norm):
+    model = nnx.Sequential(norm(nnx.Linear(8, 4, rngs=rngs()), rngs=rngs()))
+    with pytest.raises(ValueError, match=rf"layer_instance'.*{norm.__name__} changes its kernel"):
+        stp_jax.quantize(model, policy(budget=4))
+    other = nnx.Sequential(*model.layers, nnx.Linear(4, 4, rngs=rngs()))
+    kept = stp_jax.quantize(other, stp_jax.Policy([stp_jax.Rule(path="layers.1", budget=4)]))
+    assert list(stp_jax.budgets(kept)) == ["layers.1"]
