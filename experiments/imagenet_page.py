@@ -68,7 +68,7 @@ def _losses(results: Mapping[str, Any]) -> str:
         cells = []
         for t in _points(results):
             rival = min(lost[name, t] for name in rivals)
-            cells.append("–" if rival <= 0 else f"{max(lost[way, t], 0) / rival:.2f}")
+            cells.append("–" if rival <= 0 else f"{max(0.0, lost[way, t]) / rival:.2f}")
         rows.append([way, *cells])
     return markdown_table(["share of the loss", *(f"{t:g}" for t in _points(results))], rows)
 

@@ -56,8 +56,7 @@ FURTHER = {
     ),
     "lstm": (
         "An LSTM on text",
-        "Accuracies are of the next character. *Relative to the layer's weights* was a weighting "
-        "of an earlier version.",
+        "Accuracies are of the next character.",
     ),
     "decoder": (
         "A decoder on text",
