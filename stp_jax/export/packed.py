@@ -29,6 +29,7 @@ from stp_jax.hooks import LinenModel, keys_of, model_name, unboxed
 from stp_jax.quant.calibration import integer_weights
 from stp_jax.quant.layers import (
     QuantizedLayer,
+    check_not_stacked,
     check_own_kernels,
     quantized_layers,
     spread_scale,
@@ -182,9 +183,7 @@ def save_packed(model: Any, path: str | Path) -> None:
     """
     layers = quantized_layers(model)
     check_own_kernels(layers, "save_packed")
-    for layer_path, quantized in layers.items():
-        if quantized.is_stacked:
-            raise ValueError(f"layer {layer_path!r} is a stack of layers, which the format lacks")
+    check_not_stacked(layers, "save_packed")
     integers = integer_weights(model)
     tensors, entries = _float_values(model), {}
     for layer_path, quantized in layers.items():

@@ -26,7 +26,12 @@ from stp_jax.quant.calibration import (
     sum_over_batches,
 )
 from stp_jax.quant.kernel_rows import KernelRows
-from stp_jax.quant.layers import check_own_kernels, check_scale_by_filter, quantized_layers
+from stp_jax.quant.layers import (
+    check_own_kernels,
+    check_scale_by_filter,
+    check_stores_scales,
+    quantized_layers,
+)
 from stp_jax.terms.compensation import project_compensated
 
 
@@ -113,12 +118,7 @@ def compensate(
     paths = [path for path, quantized in layers.items() if _takes_part(quantized.layer)]
     if not paths:
         raise ValueError("no quantized layer is dense or a convolution without channel groups")
-    for path in paths:
-        if layers[path].rule.weight_scale == "max":
-            raise ValueError(
-                f"layer {path!r}: weight_scale='max' follows from the kernel, which compensate "
-                "changes; use 'search' or 'learned'"
-            )
+    check_stores_scales({path: layers[path] for path in paths}, "compensate")
     with outside_of_loops("inputs"):
         grams = _gram_matrices(model, paths, batches, call)
     set_budgets(model, values)

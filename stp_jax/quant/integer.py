@@ -20,6 +20,7 @@ from stp_jax import hooks
 from stp_jax.hooks import Hooks, KernelLayer
 from stp_jax.quant.layers import (
     QuantizedLayer,
+    check_not_stacked,
     check_scale_by_filter,
     quantized_layers,
     without_quantizers,
@@ -175,6 +176,5 @@ def check_layer(layer: QuantizedLayer) -> None:
             f"layer {path!r}: integer arithmetic needs activations='learned' or 'calibrated' in "
             f"its rule, not {rule.activations!r}"
         )
-    if layer.is_stacked:
-        raise ValueError(f"layer {path!r}: integer arithmetic of stacked layers is not supported")
+    check_not_stacked({path: layer}, "integer arithmetic")
     check_calibrated(layer)

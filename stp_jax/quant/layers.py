@@ -646,6 +646,26 @@ def check_scale_by_filter(layers: Mapping[str, QuantizedLayer], what: str) -> No
             )
 
 
+def check_not_stacked(layers: Mapping[str, QuantizedLayer], what: str) -> None:
+    """Raises ValueError if a layer is a stack (`nn.scan`, `nn.vmap`), which ``what`` lacks."""
+    for path, layer in layers.items():
+        if layer.is_stacked:
+            raise ValueError(
+                f"layer {path!r} is a stack of layers, as scan and vmap make them; {what} takes "
+                "single layers only"
+            )
+
+
+def check_stores_scales(layers: Mapping[str, QuantizedLayer], what: str) -> None:
+    """Raises ValueError if scales follow from kernels, which ``what`` changes."""
+    for path, layer in layers.items():
+        if layer.rule.weight_scale == "max":
+            raise ValueError(
+                f"layer {path!r}: weight_scale='max' follows from the kernel, which {what} "
+                "changes; use 'search' or 'learned'"
+            )
+
+
 def check_own_kernels(layers: Mapping[str, QuantizedLayer], what: str) -> None:
     """Raises ValueError if two layers share one kernel, which ``what`` does not take."""
     first: dict[int, str] = {}

@@ -35,6 +35,7 @@ from stp_jax.quant.layers import (
     QuantizedLayer,
     check_own_kernels,
     check_scale_by_filter,
+    check_stores_scales,
     quantized_layers,
 )
 from stp_jax.terms.compensation import check_damping, damped_gram
@@ -280,18 +281,16 @@ def _check_layers(layers: Mapping[str, QuantizedLayer]) -> None:
                 f"layer {path!r} ({layer.layer.type_name}) offers no product to run in float and "
                 "quantized side by side; keep it float, or use stp_jax.compensate"
             )
-        if _takes_part(layer.layer) and layer.rule.weight_scale == "max":
-            raise ValueError(
-                f"layer {path!r}: weight_scale='max' leaves no scale to fit; use 'search' or "
-                "'learned'"
-            )
-        if _takes_part(layer.layer) and layer.rule.power_of_two_scales:
+    fitted = {path: layer for path, layer in layers.items() if _takes_part(layer.layer)}
+    if not fitted:
+        raise ValueError("no quantized layer is dense or a convolution")
+    check_stores_scales(fitted, "reconstruct")
+    for path, layer in fitted.items():
+        if layer.rule.power_of_two_scales:
             raise ValueError(
                 f"layer {path!r}: power_of_two_scales does not let its scale be fitted; use "
                 "stp_jax.compensate"
             )
-    if not any(_takes_part(layer.layer) for layer in layers.values()):
-        raise ValueError("no quantized layer is dense or a convolution")
     check_scale_by_filter(layers, "reconstruct")
     check_own_kernels(layers, "reconstruct")
 

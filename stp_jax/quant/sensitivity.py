@@ -14,7 +14,7 @@ from stp_jax import hooks
 from stp_jax.hooks import KernelLayer
 from stp_jax.quant.budgets import budgets, set_budgets
 from stp_jax.quant.calibration import call_model, check_batches, sound_batches, sum_over_batches
-from stp_jax.quant.layers import QuantizedLayer, quantized_layers
+from stp_jax.quant.layers import QuantizedLayer, check_not_stacked, quantized_layers
 from stp_jax.terms.projection import error_curve
 
 _LEAST = 1e-12
@@ -275,9 +275,7 @@ def measured_importance(
 
 def _single_layers(model: Any) -> dict[str, QuantizedLayer]:
     layers = quantized_layers(model)
-    for path, quantized in layers.items():
-        if quantized.is_stacked:
-            raise ValueError(f"layer {path!r} is a stack of layers, which share no one budget")
+    check_not_stacked(layers, "allocation of budgets")
     return layers
 
 

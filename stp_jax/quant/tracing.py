@@ -19,7 +19,12 @@ from jax.extend import core
 
 from stp_jax import hooks
 from stp_jax.hooks import Hooks, KernelLayer
-from stp_jax.quant.layers import QuantizedLayer, quantized_layers, without_quantizers
+from stp_jax.quant.layers import (
+    QuantizedLayer,
+    check_not_stacked,
+    quantized_layers,
+    without_quantizers,
+)
 
 # Both take their operand and its positive scale, and have the layer's path as a parameter.
 quantized_input = core.Primitive("stp_quantized_input")  # float32 x, also ``bits``
@@ -74,9 +79,7 @@ def trace_integers(
         inside a transformation of Flax.
     """
     layers = quantized_layers(model)
-    for path, layer in layers.items():
-        if layer.is_stacked:
-            raise ValueError(f"layer {path!r} is a stack of layers, which is not supported here")
+    check_not_stacked(layers, "tracing a model")
 
     def operands(layer: KernelLayer, promote: Callable) -> Callable | None:
         return _show_operands(layers[layer.path], promote) if layer.path in layers else None

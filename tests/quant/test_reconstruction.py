@@ -195,7 +195,7 @@ class Jitted(Twice):
         (net, {}, {"beam": 0}, "beam must be"),
         (net, {}, {"sweeps": -1}, "sweeps must be"),
         (net, {}, {"damping": 0.0}, "damping must be positive"),
-        (net, {"weight_scale": "max"}, {}, "leaves no scale to fit"),
+        (net, {"weight_scale": "max"}, {}, "follows from the kernel"),
         (net, {"method": "greedy"}, {}, "must be 'optimal'"),
         (Twice, {}, {"batches": [jnp.ones((4, 8))]}, "runs more than once"),
         (Jitted, {}, {"batches": [jnp.ones((4, 8))]}, "inside a scan, vmap or jit"),
