@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,7 +21,7 @@ import pandas as pd
 import scipy.stats
 from rich.console import Console
 
-from experiments.config import Config, ConfigError, override
+from experiments.config import Config, ConfigError, differences, override
 from experiments.report import best_pe_in_layers
 from experiments.runtime.log import write_json
 from experiments.sweep import Member, run_members
@@ -188,7 +188,7 @@ def run_comparison(
         "budget": str(base.max_budget),
     }
     start = dataclasses.replace(_START, settings=settings)
-    override(base, [*shared, *start.arguments])
+    _check_member(start, runs, override(base, [*shared, *start.arguments]))
     status = run_members([start], shared=shared, **options)
     folder = runs / start.name
     if status[start].startswith("failed"):
@@ -198,11 +198,30 @@ def run_comparison(
     everyone = list(members(config, base, chosen, folder / "float.safetensors", epoch))
     for member in everyone:
         try:
-            override(base, [*shared, *member.arguments])
+            wanted = override(base, [*shared, *member.arguments])
         except ConfigError as error:
             raise ConfigError(f"member {member.name}: {error}") from None
+        _check_member(member, runs, wanted)
+    _add_labels(workdir, everyone)  # first, so that an interrupted call's members count
     status = run_members(everyone, shared=shared, jobs=config.jobs, **options)
     return gather(config, methods, workdir, name, status)
+
+
+def _check_member(member: Member, runs: Path, config: Config) -> None:
+    """Raises ConfigError if the member was run with other settings than these.
+
+    Paths of the start may differ, since folders move and are named in several ways.
+    """
+    stored = runs / member.name / "config.json"
+    if not stored.exists():
+        return
+    theirs = {**json.loads(stored.read_text())["config"], "init_from": config.init_from}
+    changed = differences(config, theirs)
+    if changed:
+        raise ConfigError(
+            f"member {member.name} was run with other settings ({'; '.join(changed)}), which do "
+            "not compare; use another --workdir"
+        )
 
 
 # --- Gathering ------------------------------------------------------------------------------------
@@ -231,6 +250,15 @@ def _row(labels: Mapping[str, Any], method: Method, results: Mapping[str, Any]) 
     }
 
 
+def _add_labels(workdir: Path, members: Iterable[Member]) -> dict[str, dict[str, Any]]:
+    """The labels of all members by their folders, these and those of earlier calls; on disk too."""
+    index = workdir / "members.json"
+    labels = json.loads(index.read_text()) if index.exists() else {}
+    labels |= {member.name: dict(member.labels) for member in members}
+    write_json(index, labels)
+    return labels
+
+
 def gather(
     config: ComparisonConfig,
     methods: Mapping[str, Method],
@@ -242,10 +270,7 @@ def gather(
 
     Members of earlier calls in the same folder count.
     """
-    runs, index = workdir / "members", workdir / "members.json"
-    labels = json.loads(index.read_text()) if index.exists() else {}
-    labels |= {member.name: dict(member.labels) for member in status}
-    write_json(index, labels)
+    runs, labels = workdir / "members", _add_labels(workdir, status)
     start = json.loads((runs / _START.name / "results.json").read_text())
     rows, missing = [], []
     for folder, label in labels.items():
@@ -277,13 +302,17 @@ def gather(
 def interval(values: Sequence[float]) -> float:
     """Half the width of the mean's 95 % confidence interval (Student's t); NaN for one value.
 
-    >>> round(interval([1.0, 2.0, 3.0]), 3)
+    Values that are NaN, as differences of seeds without a pair, do not count.
+
+    >>> round(interval([1.0, 2.0, float("nan"), 3.0]), 3)
     2.484
     """
-    n = len(values)
+    known = np.asarray(values, float)
+    known = known[~np.isnan(known)]
+    n = len(known)
     if n < 2:
         return float("nan")
-    return float(scipy.stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    return float(scipy.stats.t.ppf(0.975, n - 1) * np.std(known, ddof=1) / np.sqrt(n))
 
 
 def summary(results: Mapping[str, Any], split: str = "test") -> pd.DataFrame:
@@ -297,7 +326,8 @@ def summary(results: Mapping[str, Any], split: str = "test") -> pd.DataFrame:
       A row for each method, terms per weight and steps: ``top1`` (mean), ``interval`` (half of the
       95 % one), ``seeds``, ``loss`` (mean points below the float baseline of the same steps and
       seed) with ``loss_interval``, ``change`` (points over its reference, paired by
-      seed) with ``change_interval``, and means of the terms held, the savings and the cycles.
+      seed) with ``change_interval`` and the number of ``pairs``, and means of the terms held, the
+      savings and the cycles.
     """
     rows = pd.DataFrame(results["rows"]).rename(columns={split: "top1"})
     rows = rows[rows["top1"].notna()]
@@ -314,6 +344,7 @@ def summary(results: Mapping[str, Any], split: str = "test") -> pd.DataFrame:
         loss_interval=("loss", interval),
         change=("change", "mean"),
         change_interval=("change", interval),
+        pairs=("change", "count"),
         terms_held=("terms_held", "mean"),
         saving_by_gates=("saving_by_gates", "mean"),
         saving_in_layers=("saving_in_layers", "mean"),

@@ -68,7 +68,7 @@ class Config:
 
     # Schedule. Epochs may be fractions; 0 leaves a stage's training out.
     float_epochs: float = 10.0
-    guided_epochs: float = 0.0  # of guidance, which has not paid yet (docs/results.md)
+    guided_epochs: float = 0.0  # of guidance, which has not paid yet (docs/comparisons.md)
     budgeted_epochs: float = 0.0  # of training weights and budgets, with energy in the loss
     retrain_epochs: float = 8.0
     float_lr: float = 0.1  # peak; each stage warms up linearly and falls as a cosine

@@ -22,6 +22,7 @@ import matplotlib.figure
 import pandas as pd
 
 from experiments.comparison import summary
+from experiments.config import Config
 from stp_jax.export.card import table as markdown_table
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -32,15 +33,20 @@ FURTHER = {
     "even": (
         "Even budgets for two lanes",
         "Group PEs of two lanes run even budgets without idle slots "
-        "([how](method.md#budgets-for-several-lanes)); at equal saving in layers, 0.3 terms in "
-        "even budgets stand against 0.25 in any.",
+        "([how](method.md#budgets-for-several-lanes)); at about equal saving in "
+        "layers, rows of even budgets have 0.3 terms and others 0.25.",
+    ),
+    "long": (
+        "3,000 steps",
+        "The same methods after 300 steps, from another start, stand "
+        "[above](#even-budgets-for-two-lanes).",
     ),
     "plain": (
         "Term revealing, 0.375 terms and 1,000 steps",
         "All budgets are by plain errors.",
     ),
     "second": (
-        "Reconstruction first",
+        "Reconstruction before retraining",
         "All budgets are by plain errors. *Reconstructed first*: after the "
         "projection, `stp_jax.reconstruct` fits the layers to the float model's outputs on the "
         "calibration images, without labels, and retraining goes on from there "
@@ -142,7 +148,7 @@ def _parts(results: Mapping[str, Any], table: pd.DataFrame) -> list[str]:
             f"{row['terms']:g}",
             results["methods"][row["method"]]["title"],
             _between(row["change"], row["change_interval"], "+.2f"),
-            str(int(row["seeds"])),
+            str(int(row["pairs"])),
             "yes" if abs(row["change"]) > row["change_interval"] else "no",
         ]
         for row in table.sort_values("terms", ascending=False, kind="stable").to_dict("records")
@@ -201,7 +207,8 @@ def _of_training(results: Mapping[str, Any]) -> str:
 def _columns(results: Mapping[str, Any]) -> str:
     """What the columns of the first table mean."""
     meanings = {
-        "Terms per weight": "of uniform budgets that take as much energy by the table",
+        "Terms per weight": "of uniform budgets that take as much energy by the table; by gates, "
+        "rows of one number take unlike energies, as their savings show",
         "Points below float, over STP by filter": "differences paired by seed, at equal steps",
         "Terms held": "by the trained integers in the layers with budgets; fewer or more than the "
         "first column, since a term does not take the same energy in every layer",
@@ -224,6 +231,9 @@ def _columns(results: Mapping[str, Any]) -> str:
 def _command(results: Mapping[str, Any]) -> str:
     """The command that makes a comparison."""
     ran, base = results["comparison"], results["config"]
+    settings = ran["settings"].split()
+    if base["error_weighting"] != Config().error_weighting:
+        settings.append(f"error_weighting={base['error_weighting']}")
     lists = {
         "steps": sorted({row["steps"] for row in results["rows"]}),
         "seeds": sorted({row["seed"] for row in results["rows"]}),
@@ -232,7 +242,7 @@ def _command(results: Mapping[str, Any]) -> str:
     }
     words = [
         f"base={ran['base']}",
-        f'"settings={ran["settings"]}"',
+        *([f'"settings={" ".join(settings)}"'] if settings else []),
         f"start_epochs={base['float_epochs']:g}",
         f"batch_size={ran['batch_size']}",
         *(f"{key}={','.join(map(str, values))}" for key, values in lists.items()),
@@ -248,22 +258,38 @@ def _further(name: str, results: Mapping[str, Any]) -> list[str]:
     methods = results["methods"]
     # Baselines keep all their terms, which no group PE is for.
     baselines = table["method"].map(lambda name: methods[name]["kind"] == "baseline")
-    table.loc[baselines, ["saving_in_layers", "saving_in_layers_with_encoder"]] = None
+    savings = {
+        "saving_in_layers": "saving in layers",
+        "saving_in_layers_with_encoder": "with encoders",
+        "saving_by_gates": "of simple PEs",
+    }
+    table.loc[baselines, list(savings)] = None
     rows = [
         [
             _number(row["terms"], "g"),
             f"{row['steps']:,}",
             methods[row["method"]]["title"],
             *_accuracy(row),
-            _number(row["saving_in_layers"], ".2f", "×"),
-            _number(row["saving_in_layers_with_encoder"], ".2f", "×"),
+            *(_number(row[saving], ".2f", "×") for saving in savings),
         ]
         for row in table.to_dict("records")
     ]
-    savings = ["saving in layers", "with encoders"]
-    header = ["terms per weight", "steps", "method", *_ACCURACY, *savings]
-    text = f"{_of_training(results)} {note}"
-    return [f"## {heading}", text, _without_empty_columns(header, rows)]
+    header = ["terms per weight", "steps", "method", *_ACCURACY, *savings.values()]
+    return [
+        f"## {heading}",
+        f"{_of_training(results)} {note}",
+        _without_empty_columns(header, rows),
+        *_missing(results),
+        _command(results),
+    ]
+
+
+def _missing(results: Mapping[str, Any]) -> list[str]:
+    """How many runs the results lack."""
+    count = len(results["missing"])
+    if not count:
+        return []
+    return [f"{count} of {count + len(results['rows'])} runs of the comparison were not made."]
 
 
 def further_page(further: Mapping[str, Mapping[str, Any]]) -> str:
@@ -275,7 +301,8 @@ def further_page(further: Mapping[str, Mapping[str, Any]]) -> str:
         "for equal steps with equal rates and soft labels, as on the page of "
         "[results](results.md), which explains the columns. Settings, rows and versions stand in "
         "`docs/results/`. *Plain errors*: budgets by the squared errors of the weights alone "
-        "(`error_weighting=none`).",
+        "(`error_weighting=none`). The command below a table makes its rows, and others where not "
+        "all methods were run at all points, steps and seeds.",
         *(part for name in FURTHER if name in further for part in _further(name, further[name])),
     ]
     return "\n\n".join(text) + "\n"
@@ -358,7 +385,7 @@ def page(
         f"{_of_training(results)} From there every method, the baselines included, trains {steps} "
         f"steps of {config['batch_size']} images with the same rates and the same soft labels of "
         "that model; only seeds and methods differ. Settings were chosen on the validation "
-        "examples; the test examples were read by the final runs alone. "
+        "examples; the test examples served no choice. "
         f"Groups hold {base['group_size']} weights; first and last layer keep all terms of int8. "
         "Means over seeds with 95 % confidence intervals (Student's t). "
         f"Device: {results['device']}.",
@@ -376,10 +403,7 @@ def page(
         *(_projections(study) if study else []),
         *_links(further),
     ]
-    if results["missing"]:
-        count = len(results["missing"])
-        text += [f"{count} of {count + len(results['rows'])} runs of the comparison were not made."]
-    text += [f"Versions: {versions}."]
+    text += [*_missing(results), f"Versions: {versions}."]
     return "\n\n".join(text) + "\n"
 
 

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from experiments.config import ConfigError
 from experiments.runtime import processes
 from experiments.runtime.log import write_json
 
+_ATTEMPT = "$ "  # begins the line of a log that an attempt to run a member begins with
 _LONGEST_NAME = 120  # characters; file systems stop at 255 bytes
 _NOT_TABLED = (
     "config",
@@ -170,11 +172,15 @@ class _Processes:
         if self.stopped:
             return -signal.SIGTERM
         with log.open("ab") as file:
+            file.write(f"{_ATTEMPT}{shlex.join(command)}\n".encode())
+            file.flush()
             # In a session of its own: Ctrl-C reaches the sweep alone, which passes it on once.
             process = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
             )
         self._running.add(process)
+        if self.stopped:  # since it was asked above
+            process.terminate()
         try:
             return process.wait()
         finally:
@@ -299,7 +305,10 @@ def run_sweep(members: Sequence[Member], *, workdir: Path, console: Console, **o
 
 
 def _last_words(logs: Path, member: Member) -> str:
+    """Why the last attempt to run a member failed, by its log."""
     lines = (logs / f"{member.name}.txt").read_text(errors="replace").strip().splitlines()
+    begins = [n for n, line in enumerate(lines, start=1) if line.startswith(_ATTEMPT)]
+    lines = lines[begins[-1] if begins else 0 :]
     said = [line for line in lines if line.startswith("error: ")] or lines
     return said[-1].strip() if said else "it said nothing"
 

@@ -273,13 +273,21 @@ def _array_costs(
         report = hw.evaluate(network, array, budgets=budget)
         return np.asarray(report.cycles if resource == "cycles" else report.energy_pj["array"])
 
+    unused = set(paths) - {_path(name) for name in network.names}
+    if unused:
+        raise ValueError(f"the model does not use layer {min(unused)!r} on this example")
+    # From the first term on, since an array needs a cycle for a group without any as well; over
+    # the terms that a PE takes in a cycle, since fewer of them save none.
+    step = array.pe.lanes if isinstance(array.pe, hw.GroupPE) else 1
     costs = dict.fromkeys(paths, 0.0)
-    # The second term, since an array needs a cycle for a group without any as well.
-    for name, more in zip(network.names, of_budget(2) - of_budget(1), strict=True):
+    for name, more in zip(network.names, of_budget(1 + step) - of_budget(1), strict=True):
         path = _path(name)
         if path in costs:
-            costs[path] += float(more)
-    unused = [path for path, cost in costs.items() if not cost]
-    if unused:
-        raise ValueError(f"the model does not use layer {unused[0]!r} on this example")
+            costs[path] += float(more) / step
+    free = [path for path, cost in costs.items() if not cost]
+    if free:
+        raise ValueError(
+            f"a term more takes layer {free[0]!r} no more {resource} on this array: its memory "
+            "limits it; give the array more bandwidth, or allocate for another resource"
+        )
     return costs

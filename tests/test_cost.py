@@ -1,5 +1,7 @@
 """Costs of models on the accelerator, and the budgets that a total of them buys."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,18 @@ def test_energy_counts_each_use_and_cycles_are_the_arrays():
     both = stp_jax.term_costs(model, IMAGE, per="balanced")
     terms = stp_jax.term_costs(model)
     assert both["fc"] == pytest.approx((energy["fc"] + terms["fc"]) / 2)
+
+
+def test_pes_of_several_lanes_have_costs_by_their_cycles():
+    model = build()
+    pe = hwmodel.GroupPE(group_size=8, grouping="channels")
+    one = hwmodel.Array(rows=4, cols=4, pe=pe)
+    two = dataclasses.replace(one, pe=dataclasses.replace(pe, lanes=2))
+    costs = [stp_jax.term_costs(model, IMAGE, per="cycles", array=a) for a in (one, two)]
+    assert costs[1] == pytest.approx(costs[0])  # shares of a total that is halved with the cycles
+    starved = dataclasses.replace(two, dram_bandwidth=1e-6)
+    with pytest.raises(ValueError, match="its memory limits it"):
+        stp_jax.term_costs(model, IMAGE, per="cycles", array=starved)
 
 
 def test_allocation_keeps_to_its_total_and_beats_uniform_budgets():

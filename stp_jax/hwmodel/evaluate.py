@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stp_jax.hwmodel import gates
 from stp_jax.hwmodel.arrays import Array, fold
+from stp_jax.hwmodel.folding import Folding
 from stp_jax.hwmodel.group_pe import GroupPE
 from stp_jax.hwmodel.memory import Traffic, memory_cycles, traffic
 from stp_jax.hwmodel.network import Network
@@ -117,7 +117,7 @@ def evaluate(
     )
     activity = array.pe.activity(work)
     moved = traffic(network, array, folding, activity.weight_bits, smoothing)
-    energies = _energy(array, technology, activity, moved)
+    energies = _energy(array, technology, activity, moved, folding)
     select_pj = energies.pop("select")
     compute = (folding.fill_cycles + activity.cycles) * folding.parallel_share
     first_fill = moved.first_fill_bytes / array.dram_bandwidth
@@ -187,10 +187,11 @@ def _energy(
     technology: Technology,
     activity: Activity,
     moved: Traffic,
+    folding: Folding,
 ) -> dict[str, Vector]:
     """Energy by component, and of selection; traced where the technology alone is traced."""
     if technology.basis == "gates":
-        return _gate_energy(array, technology, activity, moved)
+        return _gate_energy(array, technology, activity, moved, folding)
     xp = namespace_of(moved.all_dram_bytes, *technology.energy_pj.values())
     encoder = [] if activity.encoder is None else [activity.encoder]
     selection = [] if activity.selections is None else ["int8_shift"]
@@ -232,6 +233,7 @@ def _gate_energy(
     technology: Technology,
     activity: Activity,
     moved: Traffic,
+    folding: Folding,
 ) -> dict[str, Vector]:
     """As `_energy`, of PEs and edges measured as a whole."""
     if activity.gates is None:
@@ -239,7 +241,8 @@ def _gate_energy(
     xp = namespace_of(moved.all_dram_bytes, *technology.energy_pj.values())
     edge: dict[str, Vector] = {}
     if activity.encoder is not None and activity.edge is not None:
-        entering = moved.accesses["sram_filter_read"] * activity.encoded_share / gates.GROUP_SIZE
+        whole = folding.reduction_steps / folding.K  # groups a weight, ragged ones included
+        entering = moved.accesses["sram_filter_read"] * activity.encoded_share * whole
         edge = {name: entering * count for name, count in activity.edge.items()}
     technology.require([*activity.gates, *edge, "dram_64b"])
     zero = xp.zeros_like(as_real(moved.all_dram_bytes, xp))

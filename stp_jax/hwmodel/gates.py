@@ -121,7 +121,7 @@ def mean_data_terms(network: Network, activations: Operands | None) -> np.ndarra
 def _magnitudes(values: np.ndarray) -> np.ndarray:
     """Magnitudes of activations; those of 8 bits are halved, as PEs take int8."""
     magnitudes = np.abs(values)
-    return magnitudes // 2 if magnitudes.max() > 127 else magnitudes
+    return magnitudes // 2 if values.max() > 127 else magnitudes
 
 
 def _bits(values: np.ndarray) -> np.ndarray:

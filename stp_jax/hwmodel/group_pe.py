@@ -253,7 +253,7 @@ class GroupPE(PE):
             work.folding,
             budgets.k,
             budgets.total(groups),
-            budgets.total(groups * budgets.k),
+            budgets.total(groups * passes),  # a group without a budget has its cycle too
             held,
             live,
             work.smoothing,

@@ -194,9 +194,14 @@ class BitParallel(PE):
         return 1.0
 
     def area_um2(self, technology: Technology) -> Real:
-        """Area of one multiply-accumulate PE."""
-        technology.require(["bit_parallel_pe"], kind="area_um2")
-        return technology.area_um2["bit_parallel_pe"]
+        """Area of one multiply-accumulate PE; of other widths than int8 from its blocks."""
+        if self.bits == 8:
+            technology.require(["bit_parallel_pe"], kind="area_um2")
+            return technology.area_um2["bit_parallel_pe"]
+        if technology.basis == "gates":
+            refuse_unmeasured(self, "is")
+        blocks = {f"int{self.bits}_multiply": 1.0, "int32_add": 1.0}
+        return composed_area(technology, blocks, 2 * self.bits + ACCUMULATOR_BITS)
 
     def activity(self, work: Workload) -> Activity:
         """Every multiply-accumulate is done, zeros included; operand and sum are registered."""

@@ -172,6 +172,15 @@ def test_a_comparison_grows_and_a_failed_member_is_named(comparison):
     }
 
 
+@pytest.mark.slow  # its fixture is
+def test_members_of_other_settings_are_refused(comparison):
+    workdir, config, _ = comparison
+    settings = CHOSEN["uniform"].settings + " scale_slack=0.03"
+    other = {**CHOSEN, "uniform": dataclasses.replace(CHOSEN["uniform"], settings=settings)}
+    with pytest.raises(ConfigError, match=r"with other settings \(scale_slack: 0\.0 → 0\.03\)"):
+        run_comparison(config, other, workdir, "compare_methods", Console(quiet=True))
+
+
 def made_up(**accuracies):
     """Results with these test accuracies by method, one a seed."""
     savings = (
@@ -214,6 +223,17 @@ def test_intervals_are_student_s_and_differences_are_paired():
     assert np.isnan(interval([1.0]))
 
 
+def test_seeds_without_a_pair_do_not_narrow_an_interval():
+    few = made_up(float=[90.0, 92.0], filter=[89.0, 90.0, 91.0, 92.0])
+    table = summary(few).set_index("method")
+    pairs = made_up(float=[90.0, 92.0], filter=[89.0, 90.0])
+    alone = summary(pairs).set_index("method")
+    for column in ("loss", "loss_interval"):
+        assert table.loc["filter", column] == pytest.approx(alone.loc["filter", column])
+    lonely = summary(made_up(filter=[89.0], plain=[88.0, 87.0])).set_index("method")
+    assert lonely.loc["plain", "pairs"] == 1 and np.isnan(lonely.loc["plain", "change_interval"])
+
+
 def test_a_method_whose_budget_is_no_whole_number_does_not_exist():
     method = Method(title="", kind="rival", settings="group_size=4 budget={budget}")
     assert method.at(0.5, 8) == {"group_size": "4", "budget": "2"}
@@ -242,9 +262,9 @@ def test_the_documentation_shows_the_stored_results():
 
 @pytest.mark.slow  # its fixture is
 def test_a_further_comparison_has_a_section_of_its_own(comparison):
-    results, title = comparison[2], "## Reconstruction first"
+    results, title = comparison[2], "## Reconstruction before retraining"
     assert "(comparisons.md)" not in page(results)
-    assert "- Reconstruction first" in page(results, further=["second"])
+    assert "- Reconstruction before retraining" in page(results, further=["second"])
     rows = [
         {**row, "steps": 7654, "test": 12.34, "saving_in_layers": 5.67} for row in results["rows"]
     ]
@@ -262,7 +282,7 @@ def test_columns_that_say_nothing_are_left_out(comparison):
 
 def test_a_further_comparison_needs_a_known_name(capsys):
     assert results_page.main(["--further", "nonsense", "runs"]) == 2
-    assert "must be among even, plain, second" in capsys.readouterr().out
+    assert "must be among even, long, plain" in capsys.readouterr().out
 
 
 def test_projections_are_compared_before_retraining(tmp_path):

@@ -42,6 +42,7 @@ def stand_in(monkeypatch):
         return [sys.executable, "-c", STAND_IN, str(workdir), *settings]
 
     monkeypatch.setattr(sweep, "_command", command)
+    return command
 
 
 def run(workdir, *arguments):
@@ -114,7 +115,7 @@ def test_no_member_starts_before_all_are_sound(arguments, message, tmp_path, cap
     assert not (tmp_path / "sweep").exists()
 
 
-def test_failed_members_are_told_and_only_they_run_again(tmp_path, capsys, stand_in):
+def test_failed_members_are_told_and_only_they_run_again(tmp_path, capsys, stand_in, monkeypatch):
     workdir = tmp_path / "sweep"
     arguments = ("--sweep", "seed=0,1,2", "--jobs=2")
     assert run(workdir, *arguments) == 1
@@ -126,6 +127,12 @@ def test_failed_members_are_told_and_only_they_run_again(tmp_path, capsys, stand
     assert table["status"][1].startswith("failed") and table["status"][2] == "finished"
     assert table["top1_percent.float"].tolist()[::2] == [90.0, 92.0]
     assert not any("config" in name or "budgets" in name for name in table)
+
+    monkeypatch.setattr(sweep, "_command", lambda *_: [sys.executable, "-c", "raise SystemExit(9)"])
+    assert run(workdir, *arguments) == 1
+    assert "on fire" not in capsys.readouterr().out  # that was another attempt
+    monkeypatch.undo()
+    monkeypatch.setattr(sweep, "_command", stand_in)
 
     (workdir / "repaired").touch()
     assert run(workdir, *arguments) == 0

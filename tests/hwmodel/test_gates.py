@@ -91,6 +91,31 @@ def test_the_edge_serialises_every_group_that_is_read():
     assert _count("edge_group", packed, component="encoder", budgets=5) == 0.0
 
 
+def test_the_edge_serialises_ragged_groups_as_the_whole_ones():
+    network = hwmodel.Network(
+        (hwmodel.conv("c", (4, 4), channels=3, filters=16, kernel=(3, 3), padding="SAME"),)
+    )
+    array = dataclasses.replace(GROUP_ARRAY, pe=hwmodel.GroupPE(group_size=8, grouping="channels"))
+    technology = _technology(edge_group=1.0)
+    report = hwmodel.evaluate(network, array, technology=technology, budgets=5)
+    folds = 4 * 4 // 4  # of the output pixels onto four columns
+    assert report.energy_pj["encoder"].item() == pytest.approx(9 * 16 * folds)
+
+
+def test_a_group_without_a_budget_has_its_own_slot_only():
+    groups = 64 // 8 * 16 * 5
+    assert _count("group", budgets=0) == pytest.approx(groups)
+    assert _count("group_further_empty_slot", budgets=0) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_least_int8_activation_does_not_halve_the_others():
+    inputs = np.full((5, 64), 1)
+    inputs[0, 0] = -128
+    live = 64 // 8 * 16 * 5
+    given = {"activations": {"fc": inputs}, "budgets": 2}
+    assert _count("group_live_term", **given) == pytest.approx(live)
+
+
 @pytest.mark.parametrize(
     "array",
     [

@@ -1,7 +1,10 @@
+import dataclasses
+
 import pytest
 from networks import SMALL
 
 from stp_jax import hwmodel
+from stp_jax.hwmodel.technology import MissingEntryError
 
 INT8 = hwmodel.BitParallel()
 
@@ -56,3 +59,14 @@ def test_a_dot_product_of_one_is_the_bit_parallel_pe():
     assert one.total_energy_pj == pytest.approx(mac.total_energy_pj)
     areas = [p.area_um2(hwmodel.HOROWITZ_45NM) for p in (hwmodel.DotProduct(lanes=1), INT8)]
     assert areas[0] == pytest.approx(areas[1])
+
+
+def test_wider_multipliers_take_their_own_area():
+    wide, table = hwmodel.BitParallel(bits=32), hwmodel.HOROWITZ_45NM
+    with pytest.raises(MissingEntryError, match="int32_multiply"):
+        wide.area_um2(table)
+    known = {**table.area_um2, "int32_multiply": 4000.0}
+    with_area = dataclasses.replace(
+        table, area_um2=known, sources=(*table.sources, ("area_um2.int32_multiply", "a guess"))
+    )
+    assert wide.area_um2(with_area) > 3 * INT8.area_um2(with_area)
