@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from stp_jax.hwmodel import gates
-from stp_jax.hwmodel.arrays import Array
+from stp_jax.hwmodel.arrays import Array, fold
 from stp_jax.hwmodel.encoders import array_area_um2
 from stp_jax.hwmodel.evaluate import evaluate
 from stp_jax.hwmodel.group_pe import GroupPE
@@ -55,8 +55,7 @@ def peak_macs(design: Design, network: Network) -> float:
     """Multiply-accumulates a cycle with every PE busy.
 
     At the nominal rate of the PE: eight bits for the digit-serial ones, and for group PEs the
-    budgets of the design averaged over the network's multiply-accumulates; infinite if these are
-    all zero.
+    cycles of groups at the design's budgets, averaged over the network's multiply-accumulates.
     """
     array, report = design.array, None
     if isinstance(array.pe, GroupPE):
@@ -66,12 +65,14 @@ def peak_macs(design: Design, network: Network) -> float:
 
 def _peak_macs(array: Array, report: Report | None) -> float:
     """As `peak_macs`, from a report on the array, which only group PEs need."""
-    budget = None
-    if isinstance(array.pe, GroupPE) and report is not None:
-        budget = np.average(np.asarray(report.budgets), weights=report.operations["macs"])
-        if budget == 0.0:
-            return math.inf
-    return float(array.count * array.rows * array.cols * array.pe.nominal_macs(budget))
+    places = float(array.count * array.rows * array.cols)
+    if not isinstance(array.pe, GroupPE) or report is None:
+        return places * float(array.pe.nominal_macs())
+    folding = fold(report.network, array)
+    streaming = report.compute_cycles / folding.parallel_share - folding.fill_cycles
+    of_group = np.asarray(streaming / (folding.folds * folding.steps))
+    cycles = np.average(of_group, weights=np.asarray(report.operations["macs"]))
+    return places * float(array.pe.group_size) / float(cycles)
 
 
 def match(
@@ -88,8 +89,8 @@ def match(
     of `peak_macs`, rounded to whole columns, at least one.
 
     Raises:
-      ValueError: ``by`` is neither; not even one column fits the area; budgets of zero everywhere,
-        whose throughput has no limit; or the technology lacks an area.
+      ValueError: ``by`` is neither; not even one column fits the area; or the technology lacks an
+        area.
     """
     if by == "area":
         # The encoders are at the rows' or the columns' edge, so area is a line in the columns.
@@ -104,8 +105,6 @@ def match(
         cols = 1 + math.floor((room - one) / (two - one) * (1 + 1e-12))
     elif by == "throughput":
         peaks = peak_macs(design, network), peak_macs(reference, network)
-        if not all(map(math.isfinite, peaks)):
-            raise ValueError("designs whose budgets are all 0 cannot be matched in throughput")
         cols = max(round(float(peaks[1] / (peaks[0] / design.array.cols))), 1)
     else:
         raise ValueError(f"match by 'area' or 'throughput', not {by!r}")
