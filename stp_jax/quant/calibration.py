@@ -15,7 +15,7 @@ from flax import nnx
 from stp_jax import hooks
 from stp_jax.quant.budgets import budgets
 from stp_jax.quant.layers import check_paths, find_layers, quantized_layers
-from stp_jax.quant.nnx import set_calibrating
+from stp_jax.quant.nnx import calibrating
 from stp_jax.terms import count
 
 
@@ -81,13 +81,10 @@ def _observe_nnx(model: nnx.Module, batches: Iterable[Any], call: Callable) -> i
         call(model, batch)
 
     count = 0
-    set_calibrating(model, True)
-    try:
+    with calibrating(model):
         for batch in batches:
             observe(model, batch)
             count += 1
-    finally:
-        set_calibrating(model, False)
     return count
 
 
@@ -100,7 +97,8 @@ def calibrate(
     """Sets the scale of every layer's input from example batches, in place.
 
     Each scale is the one of least squared error on its batch, the largest over the batches (and
-    over the steps of a scan). The model runs as it stands (call ``model.eval()`` of an NNX model
+    over the steps of a scan), whatever it was before; where a layer's input is not seen or always
+    zero, it stays. The model runs as it stands (call ``model.eval()`` of an NNX model
     first) with its kernels quantized and its inputs float. Layers whose inputs stay float or have
     dynamic scales are left alone.
 

@@ -607,7 +607,11 @@ def _observe_inputs(model: BoundModel, batches: Iterable[Any], call: Callable) -
         jax.block_until_ready(observe(numbered, batch))
         count += 1
     if count:
-        found = {key: jnp.asarray(best[leaf]) for key, leaf in slots.items()}
+        found = {}
+        for key, leaf in slots.items():
+            stored = hooks.find_variable(model.variables, key)
+            assert stored is not None  # it was numbered
+            found[key] = jnp.where(best[leaf] > 0, best[leaf], stored)
         model.variables = hooks.replace_variables(model.variables, found)
     return count
 

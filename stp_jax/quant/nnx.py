@@ -7,7 +7,8 @@ and initialisers stay what they were. What it stores is reachable by variable ty
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -240,8 +241,34 @@ def quantize_nnx(model: nnx.Module, policy: Policy) -> nnx.Module:
     return model
 
 
-def set_calibrating(model: nnx.Module, calibrating: bool) -> None:
-    """Lets every quantizer observe its inputs, which stay float meanwhile, or quantize them."""
-    for layer in find_layers(model).values():
-        assert isinstance(layer, NNXLayer)
-        layer.quantizer.calibrating = calibrating
+@contextlib.contextmanager
+def calibrating(model: nnx.Module) -> Iterator[None]:
+    """Within, quantizers observe their inputs, which stay float, from scales of zero on.
+
+    Scales that nothing was observed for, and all of them after an error, are what they were.
+    """
+    layers = find_layers(model)
+    quantizers = [layer.quantizer for layer in layers.values() if isinstance(layer, NNXLayer)]
+    before = {id(q): q.stored_input_scale for q in quantizers}
+    found = dict.fromkeys(before)
+
+    def store(scales: Mapping[int, jax.Array | None]) -> None:
+        for q in quantizers:
+            scale = scales[id(q)]
+            if scale is not None:
+                q.activation_scale[...] = scale
+
+    for q in quantizers:
+        q.calibrating = True
+    store({key: None if s is None else jnp.zeros_like(s) for key, s in before.items()})
+    try:
+        yield
+        for q in quantizers:
+            old, new = before[id(q)], q.stored_input_scale
+            if old is not None and new is not None:
+                found[id(q)] = jnp.where(new > 0, new, old)
+        before = found
+    finally:
+        for q in quantizers:
+            q.calibrating = False
+        store(before)

@@ -240,3 +240,19 @@ def test_a_restored_model_is_bound_with_an_input(calibrated):
         fresh.bind(variables)
     bound = fresh.bind(variables, X)
     assert stp_jax.budgets(bound) == stp_jax.budgets(calibrated[1])
+
+
+def test_a_later_calibration_replaces_an_earlier_one(twins):
+    for model in twins:
+        layers = stp_jax.quantized_layers(model)
+        first = {path: np.asarray(layer.stored_input_scale) for path, layer in layers.items()}
+        stp_jax.calibrate(model, [50 * X])
+        layers = stp_jax.quantized_layers(model)
+        assert all(np.all(layer.stored_input_scale > first[path]) for path, layer in layers.items())
+        stp_jax.calibrate(model, BATCHES)
+        for path, layer in stp_jax.quantized_layers(model).items():
+            np.testing.assert_allclose(layer.stored_input_scale, first[path], rtol=1e-6)
+        with pytest.raises(ValueError, match="NaN"):
+            stp_jax.calibrate(model, [X, X * jnp.nan])
+        for path, layer in stp_jax.quantized_layers(model).items():
+            np.testing.assert_allclose(layer.stored_input_scale, first[path], rtol=1e-6)

@@ -311,7 +311,7 @@ def test_calibration_finds_the_scale_of_least_error():
     assert np.mean((rounded - 2 * X) ** 2) <= np.mean((plain - 2 * X) ** 2) * (1 + 1e-6)
     assert jnp.abs(model(2 * X) - float_out).max() < 0.2
     stp_jax.calibrate(model, [x])
-    assert model.promote_dtype.activation_scale[...] > scale  # never below what was seen
+    assert model.promote_dtype.activation_scale[...] > scale
 
 
 def test_dynamic_activations_equal_rounding_to_the_peak():
