@@ -66,8 +66,7 @@ FURTHER = {
     ),
     "decoder": (
         "A decoder on text",
-        "Accuracies are of the next character. *Measured once*: as by "
-        "`stp_jax.measured_importance` at uniform budgets.",
+        "Accuracies are of the next character.",
     ),
 }
 # On the data and the start of the comparison that comes first.
