@@ -58,21 +58,16 @@ def _by_point(results: Mapping[str, Any], images: str, against: str) -> str:
 
 def _losses(results: Mapping[str, Any]) -> str:
     """Points lost to int8, over the best of term revealing's."""
-    lost = {
-        (row["way"], row["terms"]): -row["all"]["minus_int8"]["points"] for row in results["rows"]
-    }
-    least = {  # by their intervals
-        (row["way"], row["terms"]): -row["all"]["minus_int8"]["high"] for row in results["rows"]
-    }
+    gained = {(row["way"], row["terms"]): row["all"]["minus_int8"] for row in results["rows"]}
     ways = [way for way in _ways(results) if not way.startswith(GREEDY)]
     rivals = [way for way in _ways(results) if way.startswith(GREEDY)]
     rows = []
     for way in ways:
         cells = []
         for t in _points(results):
-            rival = min(rivals, key=lambda name: lost[name, t])
-            doubt = least[rival, t] <= 0
-            cells.append("–" if doubt else f"{max(0.0, lost[way, t]) / lost[rival, t]:.2f}")
+            rival = max((gained[name, t] for name in rivals), key=lambda gain: gain["points"])
+            lost = max(0.0, -gained[way, t]["points"])
+            cells.append("–" if rival["high"] >= 0 else f"{lost / -rival['points']:.2f}")
         rows.append([way, *cells])
     return markdown_table(["share of the loss", *(f"{t:g}" for t in _points(results))], rows)
 

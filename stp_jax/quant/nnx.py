@@ -8,7 +8,7 @@ and initialisers stay what they were. What it stores is reachable by variable ty
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -247,28 +247,23 @@ def calibrating(model: nnx.Module) -> Iterator[None]:
 
     Scales that nothing was observed for, and all of them after an error, are what they were.
     """
-    layers = find_layers(model)
-    quantizers = [layer.quantizer for layer in layers.values() if isinstance(layer, NNXLayer)]
-    before = {id(q): q.stored_input_scale for q in quantizers}
-    found = dict.fromkeys(before)
-
-    def store(scales: Mapping[int, jax.Array | None]) -> None:
-        for q in quantizers:
-            scale = scales[id(q)]
-            if scale is not None:
-                q.activation_scale[...] = scale
-
+    layers = find_layers(model).values()
+    quantizers = [layer.quantizer for layer in layers if isinstance(layer, NNXLayer)]
+    scales = [q.activation_scale for q in quantizers if q.format.rule.stores_input_scale]
+    stored = [(scale, scale[...]) for scale in scales]
     for q in quantizers:
         q.calibrating = True
-    store({key: None if s is None else jnp.zeros_like(s) for key, s in before.items()})
+    for scale, before in stored:
+        scale[...] = jnp.zeros_like(before)
     try:
         yield
-        for q in quantizers:
-            old, new = before[id(q)], q.stored_input_scale
-            if old is not None and new is not None:
-                found[id(q)] = jnp.where(new > 0, new, old)
-        before = found
+    except BaseException:
+        for scale, before in stored:
+            scale[...] = before
+        raise
+    else:
+        for scale, before in stored:
+            scale[...] = jnp.where(scale[...] > 0, scale[...], before)
     finally:
         for q in quantizers:
             q.calibrating = False
-        store(before)
