@@ -202,9 +202,9 @@ def run_comparison(
         except ConfigError as error:
             raise ConfigError(f"member {member.name}: {error}") from None
         _check_member(member, runs, wanted)
-    _add_labels(workdir, everyone)  # first, so that an interrupted call's members count
-    status = run_members(everyone, shared=shared, jobs=config.jobs, **options)
-    return gather(config, methods, workdir, name, status)
+    labels = _add_labels(workdir, everyone)  # first, so that an interrupted call's members count
+    run_members(everyone, shared=shared, jobs=config.jobs, **options)
+    return gather(config, methods, workdir, name, labels)
 
 
 def _check_member(member: Member, runs: Path, config: Config) -> None:
@@ -264,13 +264,13 @@ def gather(
     methods: Mapping[str, Method],
     workdir: Path,
     name: str,
-    status: Mapping[Member, str],
+    labels: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Writes `results.json`: what was run, a row for each finished member, and the missing ones.
 
-    Members of earlier calls in the same folder count.
+    Labels of members are by their folders; those of earlier calls in the same workdir count.
     """
-    runs, labels = workdir / "members", _add_labels(workdir, status)
+    runs = workdir / "members"
     start = json.loads((runs / _START.name / "results.json").read_text())
     rows, missing = [], []
     for folder, label in labels.items():
