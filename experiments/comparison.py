@@ -10,6 +10,7 @@ adds members to it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,9 +22,10 @@ import pandas as pd
 import scipy.stats
 from rich.console import Console
 
-from experiments.config import Config, ConfigError, differences, override
+from experiments.config import Config, ConfigError, override
 from experiments.report import best_pe_in_layers
 from experiments.runtime.log import write_json
+from experiments.runtime.workdir import holds_run
 from experiments.sweep import Member, run_members
 
 ALL_TERMS = 4  # per weight: what an 8-bit NAF value has at most; such a budget prunes nothing
@@ -188,7 +190,8 @@ def run_comparison(
         "budget": str(base.max_budget),
     }
     start = dataclasses.replace(_START, settings=settings)
-    _check_member(start, runs, override(base, [*shared, *start.arguments]))
+    held = functools.partial(holds_run, name=config.base, ignore=("init_from",))  # folders move
+    held(runs / start.name, config=override(base, [*shared, *start.arguments]))
     status = run_members([start], shared=shared, **options)
     folder = runs / start.name
     if status[start].startswith("failed"):
@@ -198,30 +201,12 @@ def run_comparison(
     everyone = list(members(config, base, chosen, folder / "float.safetensors", epoch))
     for member in everyone:
         try:
-            wanted = override(base, [*shared, *member.arguments])
+            held(runs / member.name, config=override(base, [*shared, *member.arguments]))
         except ConfigError as error:
             raise ConfigError(f"member {member.name}: {error}") from None
-        _check_member(member, runs, wanted)
     labels = _add_labels(workdir, everyone)  # first, so that an interrupted call's members count
     run_members(everyone, shared=shared, jobs=config.jobs, **options)
     return gather(config, methods, workdir, name, labels)
-
-
-def _check_member(member: Member, runs: Path, config: Config) -> None:
-    """Raises ConfigError if the member was run with other settings than these.
-
-    Paths of the start may differ, since folders move and are named in several ways.
-    """
-    stored = runs / member.name / "config.json"
-    if not stored.exists():
-        return
-    theirs = {**json.loads(stored.read_text())["config"], "init_from": config.init_from}
-    changed = differences(config, theirs)
-    if changed:
-        raise ConfigError(
-            f"member {member.name} was run with other settings ({'; '.join(changed)}), which do "
-            "not compare; use another --workdir"
-        )
 
 
 # --- Gathering ------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def _claim(workdir: Path, name: str) -> None:
         return
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise ConfigError(f"{workdir} exists and is not a sweep's folder; use another --workdir")
-    (workdir / "logs").mkdir(parents=True)
+    workdir.mkdir(parents=True, exist_ok=True)
     write_json(mark, {"experiment": name})
 
 
@@ -274,6 +274,7 @@ def run_members(
     """
     _claim(workdir, name)
     logs = workdir / "logs"
+    logs.mkdir(exist_ok=True)
     status = {m: "finished before" for m in members if (workdir / m.name / "results.json").exists()}
     commands = {
         member: _command(name, workdir / member.name, [*shared, *member.arguments])

@@ -23,7 +23,7 @@ from stp_jax.terms import max_budget
 CONFIG = ComparisonConfig()
 
 _OURS = "terms_per_weight={terms} allocate_for=energy"
-_FOUR_BITS = "weight_bits=4 scale_slack=0.03"  # scales that leave room to grow
+_SLACK = "scale_slack=0.03"  # weights of few bits: scales that leave room to grow
 _EVEN = "budget_step=2"  # for PEs of two lanes, which run even budgets without idle slots
 
 METHODS: dict[str, Method] = {
@@ -75,21 +75,24 @@ METHODS: dict[str, Method] = {
         reference="filter",
     ),
     "filter": Method(title="STP, budgets by filter", kind="ours", settings=_OURS),
-    # Weights of half the bits, for narrower group PEs.
+    # Weights of fewer bits, for narrower group PEs.
     "filter-4": Method(
         title="STP, budgets by filter, weights of 4 bits",
         kind="ours",
-        settings=f"{_OURS} {_FOUR_BITS}",
+        settings=f"{_OURS} weight_bits=4 {_SLACK}",
         reference="filter",
     ),
     "filter-even": Method(
         title="STP, even budgets by filter", kind="ours", settings=f"{_OURS} {_EVEN}"
     ),
-    "filter-4-even": Method(
-        title="STP, even budgets by filter, weights of 4 bits",
-        kind="ours",
-        settings=f"{_OURS} {_EVEN} {_FOUR_BITS}",
-    ),
+    **{
+        f"filter-{bits}-even": Method(
+            title=f"STP, even budgets by filter, weights of {bits} bits",
+            kind="ours",
+            settings=f"{_OURS} {_EVEN} weight_bits={bits} {_SLACK}",
+        )
+        for bits in (4, 3)
+    },
     "layer": Method(
         title="STP, budgets by layer",
         kind="ours",

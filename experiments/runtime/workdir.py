@@ -7,7 +7,7 @@ import dataclasses
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,36 @@ from experiments.config import ConfigError, differences
 from experiments.runtime.log import write_json
 
 
+def holds_run(workdir: Path, name: str, config: Any, *, ignore: Collection[str] = ()) -> bool:
+    """Whether a folder holds this very run, but for keys to ignore; false where it holds none.
+
+    Raises:
+      ConfigError: the folder holds a run of another configuration, or a damaged one.
+    """
+    stored = workdir / "config.json"
+    if not stored.exists():
+        return False
+    try:
+        theirs = json.loads(stored.read_text())
+        own = {key: getattr(config, key) for key in ignore}
+        changed = differences(config, {**theirs["config"], **own})
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ConfigError(f"{stored} is not a run's configuration; use another --workdir") from None
+    if changed or theirs["experiment"] != name:
+        raise ConfigError(
+            f"{workdir} holds a run of {theirs['experiment']} with another configuration "
+            f"({'; '.join(changed) or 'same keys'}); use another --workdir"
+        )
+    return True
+
+
 def claim_workdir(workdir: Path, name: str, config: Any) -> None:
     """Makes the run's folder, or makes sure that it holds this very run.
 
     Raises:
       ConfigError: the folder holds something else, or a run of another configuration.
     """
-    stored = workdir / "config.json"
-    if stored.exists():
-        try:
-            theirs = json.loads(stored.read_text())
-            changed = differences(config, theirs["config"])
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise ConfigError(
-                f"{stored} is not a run's configuration; use another --workdir"
-            ) from None
-        if changed or theirs["experiment"] != name:
-            raise ConfigError(
-                f"{workdir} holds a run of {theirs['experiment']} with another configuration "
-                f"({'; '.join(changed) or 'same keys'}); use another --workdir"
-            )
+    if holds_run(workdir, name, config):
         return
     # A kill while the configuration was written leaves a part of it, and nothing else.
     if workdir.exists() and (
@@ -44,7 +54,7 @@ def claim_workdir(workdir: Path, name: str, config: Any) -> None:
     ):
         raise ConfigError(f"{workdir} exists and is not a run's folder; use another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(stored, {"experiment": name, "config": dataclasses.asdict(config)})
+    write_json(workdir / "config.json", {"experiment": name, "config": dataclasses.asdict(config)})
 
 
 @contextlib.contextmanager

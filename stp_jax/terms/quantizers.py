@@ -4,13 +4,18 @@ Both quantizers return ``scale * v`` with v integers, and share one gradient rul
 ``u = x / scale`` and Q the largest integer (127 for 8 bits), v is a constant of u almost
 everywhere, and the rule replaces its derivative (the straight-through estimator):
 
-* to the input: the cotangent where ``|u| <= Q``, zero outside;
-* to the scale, as in LSQ (Esser et al., "Learned Step Size Quantization", ICLR 2020):
-  the cotangent times ``v - u`` where ``|u| <= Q`` and times v outside, summed over the elements
-  that share the scale and divided by ``sqrt(N Q)``, N being their number.
+* to the input: the cotangent g where ``|u| <= Q``, zero outside;
+* to the scale, as in LSQ (Esser et al., "Learned Step Size Quantization", ICLR 2020): g times
+  ``v - u`` where ``|u| <= Q`` and times v outside, summed over the elements that share the scale
+  and divided by ``sqrt(N Q)``, N being their number.
 
-For weights, v is the group-budget projection of u (`project`); for activations it is u rounded.
-The rule is the same, since at a fixed choice of terms the projection is as constant as rounding.
+For activations v is u rounded, for weights the group-budget projection of u (`project`). Where the
+budget has taken terms from a weight, its part in the second rule is ``g v / sum(v**2)``. LSQ's
+``v - u`` assumes that v follows u when the scale changes. A value without its terms does not, since
+all weights of its group change alike. With LSQ's rule for these too, scales shrink while weights
+grow, without end: after 3,000 steps of ResNet-20, with 2.4 terms in groups of 8 weights of 4 bits, a
+quarter of the weights lay outside of their range. Divided by ``sum(v**2)``, a step of gradient
+descent moves the scale to the least-squares fit of ``scale * v`` less that step.
 """
 
 from __future__ import annotations
@@ -172,11 +177,27 @@ def project_scaled(
 def scale_cotangent(
     g: jax.Array, u: jax.Array, v: jax.Array, largest: int, scale: jax.Array
 ) -> jax.Array:
-    """The cotangent of the scale for the cotangent g of ``scale * v``; the module's rule."""
-    shared = tuple(a for a in range(u.ndim) if scale.shape[a] == 1)
+    """The cotangent of the scale for the cotangent g of ``scale * v``, as in LSQ."""
+    shared = _shared_axes(u, scale)
     number = math.prod(u.shape[a] for a in shared)
     local = jnp.where(jnp.abs(u) <= largest, v - u, v) / math.sqrt(number * largest)
     return jnp.sum(g * local, axis=shared, keepdims=True)
+
+
+def _weight_scale_cotangent(
+    g: jax.Array, u: jax.Array, v: jax.Array, largest: int, scale: jax.Array
+) -> jax.Array:
+    """As `scale_cotangent`, but for values that the budget has changed; the module's rule."""
+    rounded = jnp.abs(v - jnp.clip(u, -largest, largest)) <= 0.5
+    power = jnp.sum(v * v, axis=_shared_axes(u, scale), keepdims=True)
+    fitted = jnp.where(rounded, 0, g * v) / jnp.maximum(power, 1)
+    return scale_cotangent(jnp.where(rounded, g, 0), u, v, largest, scale) + jnp.sum(
+        fitted, axis=_shared_axes(u, scale), keepdims=True
+    )
+
+
+def _shared_axes(u: jax.Array, scale: jax.Array) -> tuple[int, ...]:
+    return tuple(a for a in range(u.ndim) if scale.shape[a] == 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -195,7 +216,7 @@ def _quantize_weights_bwd(axes, fmt, residuals, g):
     w, scale, q = residuals
     u, v = w / scale, jnp.round(q / scale)
     inside = jnp.abs(u) <= fmt.largest
-    to_scale = scale_cotangent(g, u, v, fmt.largest, scale)
+    to_scale = _weight_scale_cotangent(g, u, v, fmt.largest, scale)
     return jnp.where(inside, g, jnp.float32(0)), to_scale, None
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -177,8 +178,18 @@ def test_members_of_other_settings_are_refused(comparison):
     workdir, config, _ = comparison
     settings = CHOSEN["uniform"].settings + " scale_slack=0.03"
     other = {**CHOSEN, "uniform": dataclasses.replace(CHOSEN["uniform"], settings=settings)}
-    with pytest.raises(ConfigError, match=r"with other settings \(scale_slack: 0\.0 → 0\.03\)"):
+    with pytest.raises(ConfigError, match=r"^member method=uniform.*scale_slack: 0\.0 → 0\.03\)"):
         run_comparison(config, other, workdir, "compare_methods", Console(quiet=True))
+
+
+@pytest.mark.slow  # its fixture is
+def test_a_member_with_a_damaged_configuration_is_refused(comparison, tmp_path):
+    workdir, config, _ = comparison
+    damaged = tmp_path / "members" / "method=uniform,terms=1.0,steps=4,seed=0" / "config.json"
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    damaged.write_text(damaged.read_text()[:100])
+    with pytest.raises(ConfigError, match=r"^member method=uniform.*is not a run's configuration"):
+        run_comparison(config, CHOSEN, tmp_path, "compare_methods", Console(quiet=True))
 
 
 def made_up(**accuracies):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -143,6 +144,7 @@ def test_failed_members_are_told_and_only_they_run_again(tmp_path, capsys, stand
 
 def test_a_sweep_may_grow(tmp_path, stand_in):
     assert run(tmp_path / "sweep", "--sweep", "seed=0") == 0
+    shutil.rmtree(tmp_path / "sweep" / "logs")  # nothing is lost with them
     assert run(tmp_path / "sweep", "--sweep", "seed=0,2") == 0
     assert (tmp_path / "sweep" / "seed=0" / "ran").read_text() == "x"
 

@@ -44,7 +44,7 @@ def test_groups_over_merged_axes_share_the_budget_in_order():
 @pytest.mark.parametrize("budget", [0, 5, 16])
 @pytest.mark.parametrize(("encoding", "method"), [("naf", "optimal"), ("binary", "greedy")])
 def test_gradients_follow_the_rule(budget, encoding, method):
-    """LSQ (Esser et al., ICLR 2020, eqs. 3 and 5), with the projection in place of rounding."""
+    """LSQ (Esser et al., ICLR 2020, eqs. 3 and 5) but where the budget has taken terms."""
     fmt = WeightFormat(group_size=4, encoding=encoding, method=method)
     scale = SCALE * jnp.float32(0.6)  # some weights lie outside
     g = jnp.asarray(RNG.normal(size=W.shape), jnp.float32)
@@ -55,9 +55,26 @@ def test_gradients_follow_the_rule(budget, encoding, method):
     inside = np.abs(u) <= 127
     assert not inside.all()
     np.testing.assert_array_equal(to_w, np.where(inside, g, 0))
-    local = np.asarray(g) * np.where(inside, v - u, v)
-    expected = local.sum((0, 1), keepdims=True) / np.sqrt(3 * 8 * 127)
+    rounded = np.abs(v - np.clip(u, -127, 127)) <= 0.5
+    assert rounded.all() == (budget == fmt.max_budget)
+    power = np.maximum((v.astype(float) ** 2).sum((0, 1), keepdims=True), 1)
+    local = np.where(rounded, np.where(inside, v - u, v) / np.sqrt(3 * 8 * 127), v / power)
+    expected = (np.asarray(g) * local).sum((0, 1), keepdims=True)
     np.testing.assert_allclose(to_scale, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_scales_do_not_shrink_because_pruned_weights_grow():
+    """A norm behind the layer undoes its scale, so that the loss asks for no other one."""
+    w = jnp.asarray(RNG.normal(size=(64, 8)), jnp.float32)
+    x, target = (jnp.asarray(RNG.normal(size=(256, n)), jnp.float32) for n in (64, 8))
+    scale = search_scale(w, 2, axes=(0,), scale_axes=(0,))
+
+    def loss(scale):
+        y = x @ quantize_weights(w, scale, 2, axes=(0,))
+        return jnp.mean((y / jnp.std(y, axis=0, keepdims=True) - target) ** 2)
+
+    steps = jax.grad(loss)(scale) / scale
+    np.testing.assert_allclose(steps, 0, atol=1e-3)
 
 
 BY_FILTER = np.array([0, 3, 6, 9, 16])
