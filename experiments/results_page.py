@@ -302,6 +302,10 @@ def further_page(further: Mapping[str, Mapping[str, Any]]) -> str:
         "`docs/results/`. *Plain errors*: budgets by the squared errors of the weights alone "
         "(`error_weighting=none`). The command below a table makes its rows, and others where not "
         "all methods were run at all points, steps and seeds.",
+        "These runs are older than the [rule](method.md#gradients) by which learned scales of "
+        "weights without some of their terms train now. With the rule before, all methods of few "
+        "terms (STP, uniform budgets, term revealing) end less accurate, the more so the longer "
+        "they train; float and dense integers train as they did.",
         *(part for name in FURTHER if name in further for part in _further(name, further[name])),
     ]
     return "\n\n".join(text) + "\n"
