@@ -25,7 +25,7 @@ from rich.console import Console
 from experiments.config import Config, ConfigError, override
 from experiments.report import best_pe_in_layers
 from experiments.runtime.log import write_json
-from experiments.runtime.workdir import holds_run
+from experiments.runtime.workdir import check_run
 from experiments.sweep import Member, run_members
 
 ALL_TERMS = 4  # per weight: what an 8-bit NAF value has at most; such a budget prunes nothing
@@ -190,8 +190,8 @@ def run_comparison(
         "budget": str(base.max_budget),
     }
     start = dataclasses.replace(_START, settings=settings)
-    held = functools.partial(holds_run, name=config.base, ignore=("init_from",))  # folders move
-    held(runs / start.name, config=override(base, [*shared, *start.arguments]))
+    check = functools.partial(check_run, name=config.base, ignore=("init_from",))  # folders move
+    check(runs / start.name, config=override(base, [*shared, *start.arguments]))
     status = run_members([start], shared=shared, **options)
     folder = runs / start.name
     if status[start].startswith("failed"):
@@ -201,7 +201,7 @@ def run_comparison(
     everyone = list(members(config, base, chosen, folder / "float.safetensors", epoch))
     for member in everyone:
         try:
-            held(runs / member.name, config=override(base, [*shared, *member.arguments]))
+            check(runs / member.name, config=override(base, [*shared, *member.arguments]))
         except ConfigError as error:
             raise ConfigError(f"member {member.name}: {error}") from None
     labels = _add_labels(workdir, everyone)  # first, so that an interrupted call's members count

@@ -30,10 +30,6 @@ DATA = DOCS / "results" / "compare_methods.json"
 PROJECTIONS = DATA.with_name("compare_projections.json")
 # Comparisons from other starts by the name of their file, with headings and what there is to say.
 FURTHER = {
-    "scales": (
-        "The present rule of scales",
-        "These runs train scales by the [present rule](method.md#gradients).",
-    ),
     "even": (
         "Even budgets for two lanes",
         "Group PEs of two lanes run even budgets without idle slots "
@@ -71,6 +67,10 @@ FURTHER = {
     "decoder": (
         "A decoder on text",
         "Accuracies are of the next character.",
+    ),
+    "scales": (
+        "The present rule of scales",
+        "These runs train scales by the [present rule](method.md#gradients).",
     ),
 }
 # On runs that were made before.
@@ -315,7 +315,7 @@ def further_page(further: Mapping[str, Mapping[str, Any]]) -> str:
         "`docs/results/`. *Plain errors*: budgets by the squared errors of the weights alone "
         "(`error_weighting=none`). The command below a table makes its rows, and others where not "
         "all methods were run at all points, steps and seeds.",
-        f"All but the first of them {OLDER}",
+        f"All but [the last](#the-present-rule-of-scales) {OLDER}",
         *(part for name in FURTHER if name in further for part in _further(name, further[name])),
     ]
     return "\n\n".join(text) + "\n"

@@ -120,7 +120,7 @@ def parser(exp: str | None = None) -> argparse.ArgumentParser:
 def _sweep(options: argparse.Namespace, base: Any, console: Console) -> int:
     """A sweep, from the check of every member's settings to its table; the exit status."""
     from experiments.runtime import processes
-    from experiments.runtime.workdir import holds_run
+    from experiments.runtime.workdir import check_run
     from experiments.sweep import parse_sweep, run_sweep
 
     if options.jobs < 1:
@@ -136,7 +136,7 @@ def _sweep(options: argparse.Namespace, base: Any, console: Console) -> int:
             raise ConfigError(f"{', '.join(both)} stands in --set and in --sweep; choose one")
         try:
             config = override(base, [*options.set, *member.arguments])
-            holds_run(workdir / member.name, options.exp, config)
+            check_run(workdir / member.name, options.exp, config)
         except ConfigError as error:
             raise ConfigError(f"member {member.name}: {error}") from None
     slurm = None

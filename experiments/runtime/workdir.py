@@ -17,15 +17,15 @@ from experiments.config import ConfigError, differences
 from experiments.runtime.log import write_json
 
 
-def holds_run(workdir: Path, name: str, config: Any, *, ignore: Collection[str] = ()) -> bool:
-    """Whether a folder holds this very run, but for keys to ignore; false where it holds none.
+def check_run(workdir: Path, name: str, config: Any, *, ignore: Collection[str] = ()) -> None:
+    """Makes sure that a folder holds no run, or this very one, but for keys to ignore.
 
     Raises:
       ConfigError: the folder holds a run of another configuration, or a damaged one.
     """
     stored = workdir / "config.json"
     if not stored.exists():
-        return False
+        return
     try:
         theirs = json.loads(stored.read_text())
         own = {key: getattr(config, key) for key in ignore}
@@ -37,7 +37,6 @@ def holds_run(workdir: Path, name: str, config: Any, *, ignore: Collection[str] 
             f"{workdir} holds a run of {theirs['experiment']} with another configuration "
             f"({'; '.join(changed) or 'same keys'}); use another --workdir"
         )
-    return True
 
 
 def claim_workdir(workdir: Path, name: str, config: Any) -> None:
@@ -46,7 +45,9 @@ def claim_workdir(workdir: Path, name: str, config: Any) -> None:
     Raises:
       ConfigError: the folder holds something else, or a run of another configuration.
     """
-    if holds_run(workdir, name, config):
+    stored = workdir / "config.json"
+    check_run(workdir, name, config)
+    if stored.exists():
         return
     # A kill while the configuration was written leaves a part of it, and nothing else.
     if workdir.exists() and (
@@ -54,7 +55,7 @@ def claim_workdir(workdir: Path, name: str, config: Any) -> None:
     ):
         raise ConfigError(f"{workdir} exists and is not a run's folder; use another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / "config.json", {"experiment": name, "config": dataclasses.asdict(config)})
+    write_json(stored, {"experiment": name, "config": dataclasses.asdict(config)})
 
 
 @contextlib.contextmanager

@@ -187,12 +187,12 @@ def _weight_scale_cotangent(
     g: jax.Array, u: jax.Array, v: jax.Array, largest: int, scale: jax.Array
 ) -> jax.Array:
     """As `scale_cotangent`, but for values that the budget has changed; the module's rule."""
+    shared = _shared_axes(u, scale)
     rounded = jnp.abs(v - jnp.clip(u, -largest, largest)) <= 0.5
-    power = jnp.sum(v * v, axis=_shared_axes(u, scale), keepdims=True)
-    fitted = jnp.where(rounded, 0, g * v) / jnp.maximum(power, 1)
-    return scale_cotangent(jnp.where(rounded, g, 0), u, v, largest, scale) + jnp.sum(
-        fitted, axis=_shared_axes(u, scale), keepdims=True
-    )
+    stepped = scale_cotangent(jnp.where(rounded, g, 0), u, v, largest, scale)
+    fitted = jnp.sum(jnp.where(rounded, 0, g * v), axis=shared, keepdims=True)
+    power = jnp.sum(v * v, axis=shared, keepdims=True)
+    return stepped + fitted / jnp.maximum(power, 1)
 
 
 def _shared_axes(u: jax.Array, scale: jax.Array) -> tuple[int, ...]:
